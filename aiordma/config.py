@@ -1,0 +1,152 @@
+"""The settings of aiordma: one frozen dataclass, checked when it is made.
+
+Every knob states its unit, range and default. Which settings both sides must agree on is settled in the
+handshake (the smaller value wins); the others are each side's own business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .errors import MisuseError
+
+Mode = Literal["event", "busy", "adaptive"]
+HugePages = Literal["auto", "never", "require"]
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def _knob(default: Any, low: float, high: float, unit: str, *, doc: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "unit": unit, "doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of a connection or a server; immutable, so one may be shared by any number of them.
+
+    Raises :class:`~aiordma.errors.MisuseError` for a value outside its range. ``dataclasses.replace`` makes
+    a changed copy. ``Config.knobs()`` lists every knob with unit, range, default and meaning.
+    """
+
+    # --- how completions are awaited -----------------------------------------------------------------
+    mode: Mode = field(
+        default="adaptive",
+        metadata={
+            "unit": "",
+            "doc": "event: sleep on the completion channel, 0 % CPU when idle; busy: poll on every turn of the "
+            "event loop, a whole core, the lowest latency; adaptive: poll while it pays, else as event",
+        },
+    )
+    inline_spin_us: float = _knob(
+        50.0, 0, 1_000, "us", doc="upper bound of one inline spin inside an awaiting call (busy, adaptive)"
+    )
+    turn_spin_us: float = _knob(
+        200.0, 0, 100_000, "us", doc="adaptive: keep polling across loop turns this long after a completion"
+    )
+    max_spin_share: float = _knob(
+        0.5, 0, 1, "of wall time", doc="adaptive: no spinning beyond this share of the recent past without a hit"
+    )
+
+    # --- messages and windows ------------------------------------------------------------------------
+    eager_size: int = _knob(
+        8 * KIB, 64, 1 * MIB, "bytes", doc="largest message of send(); agreed: the smaller of both sides"
+    )
+    receive_credits: int = _knob(
+        64, 2, 4096, "messages", doc="receives posted for the peer's messages and notifications"
+    )
+    send_depth: int = _knob(
+        64, 2, 4096, "work requests", doc="operations in the send queue at a time; more wait in order"
+    )
+    inline_size: int = _knob(
+        220, 0, 4096, "bytes", doc="inline data asked of the device; what it grants may differ"
+    )
+    read_depth: int = _knob(
+        16, 1, 128, "operations", doc="reads and atomics in flight; agreed with what the peer's device serves"
+    )
+
+    # --- memory --------------------------------------------------------------------------------------
+    pool_limit: int = _knob(
+        256 * MIB, 1 * MIB, 1 << 46, "bytes", doc="registered memory of the pool, per device and event loop"
+    )
+    slab_size: int = _knob(
+        2 * MIB, 64 * KIB, 1 * GIB, "bytes", doc="memory is registered in pieces of this size (a multiple of 4096)"
+    )
+    huge_pages: HugePages = field(
+        default="auto",
+        metadata={"unit": "", "doc": "slabs on huge pages: auto when there are any, never, or require"},
+    )
+    registration_cache: int = _knob(
+        256 * MIB, 0, 1 << 46, "bytes", doc="idle registrations of users' own buffers kept for the next use"
+    )
+
+    # --- the queue pair ------------------------------------------------------------------------------
+    mtu: int = _knob(4096, 256, 4096, "bytes", doc="path MTU asked for: 256, 512, 1024, 2048 or 4096")
+    ack_timeout: int = _knob(
+        16, 1, 31, "exponent", doc="wait for an acknowledgement: 4.096 us * 2**n (14 is 67 ms, 16 268 ms, 18 1 s)"
+    )
+    retry_count: int = _knob(6, 0, 7, "retries", doc="transmissions repeated before the connection is given up")
+    port: int | None = field(
+        default=None, metadata={"unit": "port number", "doc": "port of the device; None: the first that fits"}
+    )
+    gid_index: int | None = field(
+        default=None,
+        metadata={"unit": "index", "doc": "GID of the port; None: chosen by the bootstrap socket's address"},
+    )
+    service_level: int = _knob(0, 0, 15, "SL", doc="InfiniBand service level")
+    traffic_class: int = _knob(0, 0, 255, "", doc="GRH traffic class; RoCE v2: the IP header's DSCP and ECN bits")
+    hop_limit: int = _knob(64, 1, 255, "hops", doc="GRH hop limit; RoCE v2: the IP header's TTL")
+
+    # --- bootstrap and lifetime ----------------------------------------------------------------------
+    handshake_timeout: float = _knob(
+        5.0, 0.01, 600, "s", doc="server: a client that has not finished its handshake by then is dropped"
+    )
+    max_handshakes: int = _knob(
+        256, 1, 65_536, "connections", doc="server: handshakes under way at a time; further clients wait in TCP"
+    )
+    max_connections: int = _knob(
+        4096, 1, 1_000_000, "connections", doc="server: established at a time; further ones are refused"
+    )
+    keepalive: float = _knob(
+        2.0, 0.0, 3600, "s", doc="a silent peer host counts as dead after about 3 times this (0: never)"
+    )
+    close_timeout: float = _knob(
+        2.0, 0.0, 600, "s", doc="how long close() waits for the device to hand back what is in flight"
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            self._check(spec, getattr(self, spec.name))
+        if self.mode not in get_args(Mode):
+            raise MisuseError(f"Config.mode={self.mode!r}: one of {', '.join(get_args(Mode))}")
+        if self.huge_pages not in get_args(HugePages):
+            raise MisuseError(f"Config.huge_pages={self.huge_pages!r}: one of {', '.join(get_args(HugePages))}")
+        if self.mtu & (self.mtu - 1):
+            raise MisuseError(f"Config.mtu={self.mtu}: one of 256, 512, 1024, 2048, 4096")
+        if self.slab_size % 4096:
+            raise MisuseError(f"Config.slab_size={self.slab_size}: a multiple of 4096 bytes")
+        if self.slab_size > self.pool_limit:
+            raise MisuseError(
+                f"Config.slab_size={self.slab_size} is larger than Config.pool_limit={self.pool_limit}"
+            )
+
+    @staticmethod
+    def _check(spec: dataclasses.Field[Any], value: object) -> None:
+        low = spec.metadata.get("low")
+        if low is None:
+            return
+        high = spec.metadata["high"]
+        kinds = (int,) if isinstance(spec.default, int) else (int, float)
+        ok = isinstance(value, kinds) and not isinstance(value, bool)
+        if not ok or not low <= value <= high:  # type: ignore[operator]
+            kind = "a whole number" if kinds == (int,) else "a number"
+            unit = f" {spec.metadata['unit']}".rstrip()
+            raise MisuseError(f"Config.{spec.name}={value!r}: {kind} from {low} to {high}{unit}")
+
+    @classmethod
+    def knobs(cls) -> list[dict[str, Any]]:
+        """Name, default, unit, range (``low``, ``high``) and meaning (``doc``) of every knob."""
+        return [{"name": f.name, "default": f.default, **f.metadata} for f in dataclasses.fields(cls)]
