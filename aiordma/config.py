@@ -45,15 +45,17 @@ class Config:
         50.0, 0, 1_000, "us", doc="upper bound of one inline spin inside an awaiting call (busy, adaptive)"
     )
     turn_spin_us: float = _knob(
-        200.0, 0, 100_000, "us", doc="adaptive: keep polling across loop turns this long after a completion"
-    )
-    max_spin_share: float = _knob(
-        0.5, 0, 1, "of wall time", doc="adaptive: no spinning beyond this share of the recent past without a hit"
+        2_000.0,
+        0,
+        100_000,
+        "us",
+        doc="adaptive: upper bound of polling on turns of the loop after the last completion; what is used is "
+        "four times the average completion time",
     )
 
     # --- messages and windows ------------------------------------------------------------------------
     eager_size: int = _knob(
-        8 * KIB, 64, 1 * MIB, "bytes", doc="largest message of send(); agreed: the smaller of both sides"
+        4 * KIB, 64, 1 * MIB, "bytes", doc="largest message of send(); agreed: the smaller of both sides"
     )
     receive_credits: int = _knob(
         64, 2, 4096, "messages", doc="receives posted for the peer's messages and notifications"
@@ -141,7 +143,7 @@ class Config:
         high = spec.metadata["high"]
         kinds = (int,) if isinstance(spec.default, int) else (int, float)
         ok = isinstance(value, kinds) and not isinstance(value, bool)
-        if not ok or not low <= value <= high:  # type: ignore[operator]
+        if not ok or not low <= value <= high:
             kind = "a whole number" if kinds == (int,) else "a number"
             unit = f" {spec.metadata['unit']}".rstrip()
             raise MisuseError(f"Config.{spec.name}={value!r}: {kind} from {low} to {high}{unit}")

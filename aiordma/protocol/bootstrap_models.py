@@ -283,7 +283,7 @@ class Endpoint(Model):
     responder_depth: Depth
     eager_size: Annotated[int, Field(ge=64, le=1 << 20)]
     receive_credits: Annotated[int, Field(ge=1, le=4096)]
-    control_credits: Annotated[int, Field(ge=1, le=64)]
+    control_credits: Annotated[int, Field(ge=4, le=64)]
     device: ShortText = ""
 
     @property

@@ -1,0 +1,143 @@
+"""An RDMA device in an event loop: what all connections of one loop on one device share.
+
+Context, protection domain, reactor and memory pool are opened by the first user and closed when the last one
+has left, so a program that has no connection holds no device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import weakref
+from dataclasses import dataclass
+
+from .config import Config
+from .cq_reactor import CqReactor
+from .errors import DeviceError
+from .mr_pool import MemoryPool
+from .verbs import Context, Device, LinkLayer, ProtectionDomain, Transport, devices
+from .verbs.gid_choice import GidChoice, choose_gid, interface_addresses
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_adapters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Adapter]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Adapter:
+    """One opened device of the running loop; :func:`acquire_adapter` makes and shares it.
+
+    The pool's limits come from the ``config`` of the first user.
+    """
+
+    def __init__(self, context: Context, config: Config) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.context = context
+        self.name = context.name
+        self.users = 0
+        try:
+            self.attributes = context.attributes()
+            self.pd = ProtectionDomain(context)
+            self.reactor = CqReactor(
+                context, inline_spin_us=config.inline_spin_us, turn_spin_us=config.turn_spin_us
+            )
+            self.pool = MemoryPool(self.pd, config)
+        except Exception:
+            context.close()
+            raise
+
+    def use(self) -> Adapter:
+        """One user more; each must :meth:`release` once."""
+        self.users += 1
+        return self
+
+    def release(self) -> None:
+        """One user less; the last one closes the device."""
+        self.users -= 1
+        if self.users == 0:
+            _adapters.get(self.loop, {}).pop(self.name, None)
+            try:
+                self.pool.close()
+            finally:
+                self.reactor.close()
+                self.context.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which device, port and GID a connection uses."""
+
+    adapter: Adapter
+    choice: GidChoice
+
+
+def open_route(
+    device: str | None, local: Address | None, remote: Address | None, config: Config
+) -> Route:
+    """The device and GID for a connection between these addresses; the adapter is in use once more.
+
+    ``device`` None means ``AIORDMA_DEVICE``, else the first device with an active port that reaches the peer.
+    Raises :class:`DeviceError` that says, for each device, why not.
+    """
+    wanted = device or os.environ.get("AIORDMA_DEVICE") or None
+    found = devices()
+    candidates = [d for d in found if wanted in (None, d.name)]
+    if not candidates:
+        have = ", ".join(d.name for d in found) or "none"
+        raise DeviceError(
+            f"no RDMA device {wanted!r} on this machine (there are: {have})"
+            if wanted
+            else "no RDMA device on this machine; `python -m aiordma doctor` says how to get one"
+        )
+    interfaces = interface_addresses()
+    reasons: list[str] = []
+    for candidate in candidates:
+        try:
+            return _route_on(candidate, local, remote, config, interfaces)
+        except DeviceError as error:
+            if len(candidates) == 1:
+                raise
+            reasons.append(f"{candidate.name}: {error}")
+    raise DeviceError("no device reaches the peer:\n" + "\n".join(reasons))
+
+
+def _route_on(
+    device: Device,
+    local: Address | None,
+    remote: Address | None,
+    config: Config,
+    interfaces: dict[str, list[Address]],
+) -> Route:
+    if device.transport is Transport.IWARP:
+        raise DeviceError(f"{device.name} speaks iWARP, whose queue pairs only rdma_cm can connect")
+    adapter = acquire_adapter(device, config)
+    try:
+        choice = choose_gid(
+            adapter.context.ports(),
+            adapter.context.gids(),
+            local=local,
+            remote=remote,
+            interfaces=interfaces,
+            port=config.port,
+            gid_index=config.gid_index,
+        )
+    except Exception:
+        adapter.release()
+        raise
+    return Route(adapter, choice)
+
+
+def acquire_adapter(device: Device, config: Config) -> Adapter:
+    """The running loop's adapter for ``device``, opened if need be, in use once more."""
+    adapters = _adapters.setdefault(asyncio.get_running_loop(), {})
+    adapter = adapters.get(device.name)
+    if adapter is None:
+        adapter = adapters[device.name] = Adapter(device.open(), config)
+    return adapter.use()
+
+
+def is_ethernet(choice: GidChoice) -> bool:
+    """True for RoCE: addressing by GID, no LIDs."""
+    return choice.port.link_layer is LinkLayer.ETHERNET

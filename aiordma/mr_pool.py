@@ -1,0 +1,670 @@
+"""Registered memory: slabs, leases, the receive ring, and registrations of users' own buffers.
+
+Registering memory costs a system call and pins pages, so it is done in slabs and handed out as leases. A slab
+serves one size class at a time; classes lie a quarter of a power of two apart, so a lease wastes at most a
+fifth of its memory. A slab whose leases all came back may serve another class, or be given back to the system
+when another size needs its room under the limit. What does not fit a slab gets a registration of its own,
+counted alike. Waiting for memory is a fair queue.
+
+A user's own buffer is registered while operations use it, once for any number of them. When the last one is
+done, the registration stays in a cache only where that is safe: for numpy arrays, which cannot move as long as
+they live and tell when they die. A bytearray or an mmap can be resized or closed behind a registration that
+nobody holds, and an RDMA read would then land in pages that belong to somebody else; for those, and for memory
+used again and again, MemoryPool.register() pins until it is told otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import mmap
+import sys
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from ._native import ffi
+from ._native._memory import Memory
+from .config import Config
+from .errors import DeviceError, MemoryLimitError, MisuseError
+from .verbs import Access, MemoryRegion, ProtectionDomain
+
+PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
+#: Leases start at multiples of this: an atomic needs 8, a cache line is 64.
+ALIGNMENT = 64
+
+_LOCAL = Access.LOCAL_WRITE | Access.MW_BIND
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """Registered memory in bytes; ``waiting`` counts callers of acquire()."""
+
+    limit: int
+    registered: int
+    leased: int
+    leases: int
+    slabs: int
+    huge_slabs: int
+    waiting: int
+    cached: int
+    cached_registrations: int
+    cache_hits: int
+    cache_misses: int
+
+
+def size_class(nbytes: int) -> int:
+    """The class that serves ``nbytes``: the next of 1, 1.25, 1.5, 1.75 times a power of two, at least 64."""
+    if nbytes <= ALIGNMENT:
+        return ALIGNMENT
+    step = max(ALIGNMENT, 1 << ((nbytes - 1).bit_length() - 3))
+    return -(-nbytes // step) * step
+
+
+class Slab:
+    """One registration, cut into equal chunks of a size class."""
+
+    __slots__ = ("chunk", "free", "huge", "map", "nbytes", "region", "total", "view")
+
+    def __init__(self, pd: ProtectionDomain, nbytes: int, huge_pages: str) -> None:
+        self.map, self.huge = _anonymous_map(nbytes, huge_pages)
+        self.nbytes = nbytes
+        self.chunk = 0
+        self.total = 0
+        self.free: list[int] = []
+        self.view: Any = ffi.from_buffer(self.map, require_writable=True)
+        try:
+            address = int(ffi.cast("uintptr_t", self.view))
+            self.region = MemoryRegion(pd, address, nbytes, _LOCAL, keep=self.view)
+        except Exception:
+            ffi.release(self.view)
+            self.map.close()
+            raise
+
+    def cut(self, chunk: int) -> None:
+        """Makes this slab, of which nothing is leased, serve chunks of another size."""
+        self.chunk = chunk
+        self.total = self.nbytes // chunk
+        base = self.region.address
+        self.free = [base + i * chunk for i in range(self.total - 1, -1, -1)]
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing of it is leased."""
+        return len(self.free) == self.total
+
+    def close(self) -> None:
+        """Deregisters and unmaps."""
+        try:
+            self.region.close()
+        finally:
+            ffi.release(self.view)
+            self.map.close()
+
+
+def _anonymous_map(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, bool]:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if huge_pages != "never" and nbytes % HUGE_PAGE == 0:
+        try:
+            # MAP_HUGETLB (0x40000) is not in the mmap module; its value is the same on every Linux that has
+            # InfiniBand drivers (asm-generic/mman-common.h). MAP_POPULATE turns "none free" into an error here
+            # instead of a SIGBUS at first touch.
+            return mmap.mmap(-1, nbytes, flags=flags | 0x40000 | mmap.MAP_POPULATE), True
+        except OSError:
+            pass
+    if huge_pages == "require":
+        raise MemoryLimitError(
+            f"no huge pages for a slab of {nbytes} bytes: reserve some (sysctl vm.nr_hugepages=...), make "
+            f"Config(slab_size=...) a multiple of {HUGE_PAGE}, or use Config(huge_pages='auto')",
+            needed=nbytes,
+        )
+    return mmap.mmap(-1, nbytes, flags=flags), False
+
+
+class Revocable(Protocol):
+    """Something that lets others into a lease's memory and must end before the memory is used again."""
+
+    async def revoke(self) -> None: ...
+
+
+class Lease(Memory):
+    """Registered memory, leased from a pool: a writable buffer (``memoryview(lease)``, numpy, slices of both).
+
+    Use it as an async context manager, or call :meth:`release`. The contents are whatever was there before
+    unless the lease was asked for with zeros. While a view of it is alive after the release, its memory is not
+    handed out again.
+    """
+
+    __slots__ = ("_chunk", "_dedicated", "_pool", "_released", "_slab", "_users")
+
+    def __init__(self, pool: MemoryPool, slab: Slab, address: int, nbytes: int, *, dedicated: bool) -> None:
+        super().__init__(address, nbytes, slab)
+        self._pool = pool
+        self._slab = slab
+        self._dedicated = dedicated
+        self._released = False
+        self._users: list[Revocable] = []
+
+    @property
+    def lkey(self) -> int:
+        """Local key of the registration it lies in."""
+        return self._slab.region.lkey
+
+    @property
+    def released(self) -> bool:
+        """True after :meth:`release`."""
+        return self._released
+
+    def zero(self) -> Lease:
+        """Fills the memory with zeros."""
+        ffi.memmove(ffi.cast("char *", self.address), b"\0" * self.nbytes, self.nbytes)
+        return self
+
+    def add_user(self, user: Revocable) -> None:
+        """``user`` is revoked before the memory goes back."""
+        self._users.append(user)
+
+    def remove_user(self, user: Revocable) -> None:
+        """``user`` has ended by itself."""
+        if user in self._users:
+            self._users.remove(user)
+
+    async def release(self) -> None:
+        """Revokes whatever was shared of it, then gives the memory back. Idempotent.
+
+        Cancelled while revoking: the memory stays out of use until its users have ended; call again.
+        """
+        while self._users:
+            user = self._users[-1]
+            await user.revoke()
+            self.remove_user(user)
+        self.release_nowait()
+
+    def release_nowait(self) -> None:
+        """Gives the memory back at once. Raises :class:`MisuseError` while it is shared."""
+        if self._released:
+            return
+        if self._users:
+            raise MisuseError("the lease is shared: use `await lease.release()`, or unshare it first")
+        self._released = True
+        self._close_memory()
+        self._pool._give_back(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.release()
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.nbytes} bytes at {self.address:#x}{' released' if self._released else ''}>"
+
+
+class MemoryPool:
+    """Registered memory of one protection domain, bounded by ``Config.pool_limit`` bytes.
+
+    Belongs to one event loop; not thread-safe.
+    """
+
+    def __init__(self, pd: ProtectionDomain, config: Config | None = None) -> None:
+        config = config or Config()
+        self._pd = pd
+        self._limit = config.pool_limit
+        self._slab_size = config.slab_size
+        self._huge_pages = config.huge_pages
+        self._registered = 0
+        self._slabs: list[Slab] = []
+        self._partial: dict[int, list[Slab]] = {}  # by chunk size: slabs with something free
+        self._by_address: list[tuple[int, Slab]] = []  # sorted: which slab does an address lie in?
+        self._leased = 0
+        self._leases = 0
+        self._zombies: list[Lease] = []  # released, but views of them are alive
+        self._waiters: deque[tuple[asyncio.Future[Lease], int]] = deque()
+        self._cache = RegistrationCache(pd, config.registration_cache)
+        self._closed = False
+
+    # --- leases --------------------------------------------------------------------------------------
+
+    def acquire_nowait(self, nbytes: int) -> Lease:
+        """A lease of ``nbytes`` (at least 1), or :class:`MemoryLimitError` when the pool has no room now."""
+        if self._closed:
+            raise MisuseError("the memory pool is closed")
+        if nbytes < 1:
+            raise MisuseError(f"a lease has at least 1 byte, not {nbytes}")
+        self._reap_zombies()
+        chunk = size_class(nbytes)
+        if chunk > self._slab_size:
+            return self._dedicated(nbytes)
+        partial = self._partial.get(chunk)
+        slab = partial[-1] if partial else self._slab_for(chunk)
+        address = slab.free.pop()
+        if not slab.free:
+            self._partial[chunk].remove(slab)
+        return self._lease(slab, address, nbytes, dedicated=False)
+
+    async def acquire(self, nbytes: int) -> Lease:
+        """A lease, waiting in turn for memory to come back.
+
+        Raises :class:`MemoryLimitError` at once for more than the limit, or when the kernel refuses to pin.
+        Cancelled: the place in the queue is given up, and memory that had just arrived goes to the next.
+        """
+        if not self._waiters:
+            try:
+                return self.acquire_nowait(nbytes)
+            except MemoryLimitError as error:
+                if error.limit != self._limit or not self._fits_ever(nbytes):
+                    raise
+        elif not self._fits_ever(nbytes):
+            raise self._full(nbytes)
+        future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self._waiters.append((future, nbytes))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().release_nowait()
+            raise
+
+    def _fits_ever(self, nbytes: int) -> bool:
+        return _pages(nbytes) <= self._limit
+
+    def _lease(self, slab: Slab, address: int, nbytes: int, *, dedicated: bool) -> Lease:
+        self._leased += nbytes
+        self._leases += 1
+        return Lease(self, slab, address, nbytes, dedicated=dedicated)
+
+    def _slab_for(self, chunk: int) -> Slab:
+        """A slab with nothing leased, cut into ``chunk``: an idle one of another class, or a new one."""
+        slab = next((s for s in self._slabs if s.idle and s.nbytes == self._slab_size), None)
+        if slab is None:
+            slab = self._new_slab(self._slab_size)
+        elif slab in self._partial.get(slab.chunk, ()):
+            self._partial[slab.chunk].remove(slab)
+        slab.cut(chunk)
+        self._partial.setdefault(chunk, []).append(slab)
+        return slab
+
+    def _dedicated(self, nbytes: int) -> Lease:
+        slab = self._new_slab(_pages(nbytes))
+        slab.cut(slab.nbytes)
+        return self._lease(slab, slab.free.pop(), nbytes, dedicated=True)
+
+    def _new_slab(self, nbytes: int) -> Slab:
+        if self._registered + nbytes > self._limit:
+            self._drop_idle(self._registered + nbytes - self._limit)
+        if self._registered + nbytes > self._limit:
+            raise self._full(nbytes)
+        slab = Slab(self._pd, nbytes, self._huge_pages)
+        self._registered += nbytes
+        self._slabs.append(slab)
+        bisect.insort(self._by_address, (slab.region.address, slab), key=lambda row: row[0])
+        return slab
+
+    def _full(self, nbytes: int) -> MemoryLimitError:
+        return MemoryLimitError(
+            f"{nbytes} bytes more would exceed the pool's limit of {self._limit} bytes ({self._registered} "
+            f"registered, {self._leased} leased); release leases, or raise Config(pool_limit=...)",
+            limit=self._limit,
+            needed=nbytes,
+        )
+
+    def _drop_idle(self, nbytes: int) -> None:
+        """Gives idle slabs back to the system until ``nbytes`` are free of them."""
+        for slab in [s for s in self._slabs if s.idle]:
+            if nbytes <= 0:
+                return
+            nbytes -= slab.nbytes
+            self._drop(slab)
+
+    def _drop(self, slab: Slab) -> None:
+        if slab in self._partial.get(slab.chunk, ()):
+            self._partial[slab.chunk].remove(slab)
+        self._slabs.remove(slab)
+        self._by_address.remove((slab.region.address, slab))
+        self._registered -= slab.nbytes
+        slab.close()
+
+    # --- taking back ---------------------------------------------------------------------------------
+
+    def _give_back(self, lease: Lease) -> None:
+        if lease.exports:
+            self._zombies.append(lease)
+        else:
+            self._reclaim(lease)
+        self._serve_waiters()
+
+    def _reap_zombies(self) -> None:
+        if self._zombies:
+            dead = [lease for lease in self._zombies if not lease.exports]
+            self._zombies = [lease for lease in self._zombies if lease.exports]
+            for lease in dead:
+                self._reclaim(lease)
+
+    def _reclaim(self, lease: Lease) -> None:
+        slab = lease._slab
+        self._leased -= lease.nbytes
+        self._leases -= 1
+        if lease._dedicated:
+            slab.free.append(lease.address)
+            self._drop(slab)
+            return
+        if not slab.free:
+            self._partial.setdefault(slab.chunk, []).append(slab)
+        slab.free.append(lease.address)
+
+    def _serve_waiters(self) -> None:
+        while self._waiters and not self._closed:
+            future, nbytes = self._waiters[0]
+            if not future.done():
+                try:
+                    lease = self.acquire_nowait(nbytes)
+                except MemoryLimitError as error:
+                    if error.limit == self._limit:
+                        return  # in turn: who waits behind for less does not overtake
+                    future.set_exception(error)
+                else:
+                    future.set_result(lease)
+            self._waiters.popleft()
+
+    # --- users' own memory ---------------------------------------------------------------------------
+
+    def find(self, address: int, nbytes: int) -> int | None:
+        """The local key of pool memory that holds ``nbytes`` at ``address``, or None when it is not ours."""
+        at = bisect.bisect_right(self._by_address, address, key=lambda row: row[0]) - 1
+        if at < 0:
+            return None
+        start, slab = self._by_address[at]
+        return slab.region.lkey if address + nbytes <= start + slab.nbytes else None
+
+    def pin(self, buffer: object, *, writable: bool) -> Pinned:
+        """The address and local key of a user's buffer, registered for as long as the result is not released.
+
+        Raises :class:`MisuseError` for an object that is no contiguous buffer (or is read-only with
+        ``writable``), :class:`MemoryLimitError` when it cannot be registered.
+        """
+        view = export(buffer, writable=writable)
+        address, nbytes = int(ffi.cast("uintptr_t", view)), len(view)
+        lkey = self.find(address, nbytes)
+        if lkey is not None:
+            return Pinned(address, nbytes, lkey, view, None)
+        entry = self._cache.acquire(buffer, address, nbytes, writable=writable)
+        return Pinned(address, nbytes, entry.region.lkey, view, entry)
+
+    def register(self, buffer: object) -> Pinned:
+        """As :meth:`pin`, for good: registers a writable buffer now and keeps it until ``release()``, so that
+        operations on it (or on parts of it) find it registered. It cannot be resized or closed meanwhile."""
+        return self.pin(buffer, writable=True)
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    def statistics(self) -> PoolStatistics:
+        """A snapshot; sizes in bytes."""
+        self._reap_zombies()
+        cache = self._cache
+        return PoolStatistics(
+            limit=self._limit,
+            registered=self._registered,
+            leased=self._leased,
+            leases=self._leases,
+            slabs=len(self._slabs),
+            huge_slabs=sum(slab.huge for slab in self._slabs),
+            waiting=sum(not future.done() for future, _ in self._waiters),
+            cached=cache.idle_bytes,
+            cached_registrations=len(cache),
+            cache_hits=cache.hits,
+            cache_misses=cache.misses,
+        )
+
+    def close(self) -> None:
+        """Deregisters everything; whoever waits for memory gets :class:`MisuseError`. Idempotent.
+
+        Memory under a live view stays mapped until the view is gone, but no device can reach it any more.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for future, _ in self._waiters:
+            if not future.done():
+                future.set_exception(MisuseError("the memory pool was closed"))
+        self._waiters.clear()
+        self._cache.close()
+        in_use = {id(lease._slab) for lease in self._zombies if lease.exports}
+        for slab in self._slabs:
+            if id(slab) in in_use:
+                slab.region.close()  # the zombie's view keeps the mapping alive; it goes with the view
+            else:
+                slab.close()
+        self._slabs.clear()
+        self._partial.clear()
+        self._by_address.clear()
+        self._registered = 0
+
+
+def export(buffer: object, *, writable: bool) -> Any:
+    """The buffer as a cffi view, which keeps it exported until released."""
+    try:
+        return ffi.from_buffer(buffer, require_writable=writable)
+    except (BufferError, ValueError, TypeError) as error:
+        need = "writable, contiguous" if writable else "contiguous"
+        raise MisuseError(
+            f"a {need} buffer (bytes, bytearray, memoryview, numpy array, lease, ...) is needed, not "
+            f"{type(buffer).__name__}: {error}"
+        ) from None
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+class Pinned:
+    """A user's buffer, held and registered while an operation uses it."""
+
+    __slots__ = ("_entry", "_view", "address", "lkey", "nbytes")
+
+    def __init__(self, address: int, nbytes: int, lkey: int, view: Any, entry: CacheEntry | None) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self.lkey = lkey
+        self._view = view
+        self._entry = entry
+
+    def release(self) -> None:
+        """The operation is done: the buffer may move again. Idempotent."""
+        if self._view is None:
+            return
+        view, entry = self._view, self._entry
+        self._view = self._entry = None
+        if entry is not None:
+            entry.release()
+        ffi.release(view)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class CacheEntry:
+    """A registration of a user's buffer and how many operations use it."""
+
+    __slots__ = ("cache", "key", "region", "uses", "watch")
+
+    def __init__(self, cache: RegistrationCache, key: tuple[int, int, bool], region: MemoryRegion) -> None:
+        self.cache = cache
+        self.key = key
+        self.region = region
+        self.uses = 1
+        self.watch: weakref.ref[Any] | None = None
+
+    def release(self) -> None:
+        """One use less."""
+        self.uses -= 1
+        if self.uses == 0:
+            self.cache._unused(self)
+
+
+class RegistrationCache:
+    """Registrations by address, length and writability; idle ones in least-recently-used order, bounded.
+
+    An entry in use is protected by the views of its users. An idle one lives only as long as its owner, an
+    object of a kind that cannot move: see the top of this file.
+    """
+
+    def __init__(self, pd: ProtectionDomain, limit: int) -> None:
+        self._pd = pd
+        self._limit = limit
+        self._entries: dict[tuple[int, int, bool], CacheEntry] = {}
+        self._idle: OrderedDict[tuple[int, int, bool], CacheEntry] = OrderedDict()
+        # Filled by weakref callbacks, which may run in any thread and inside any call; emptied at the next use.
+        self._dead: deque[CacheEntry] = deque()
+        self.idle_bytes = 0
+        self.hits = 0
+        self.misses = 0
+
+    def __len__(self) -> int:
+        self._bury()
+        return len(self._idle)
+
+    def acquire(self, buffer: object, address: int, nbytes: int, *, writable: bool) -> CacheEntry:
+        """The entry for a buffer that the caller holds exported, registered if need be, used once more."""
+        self._bury()
+        key = (address, nbytes, writable)
+        entry = self._entries.get(key)
+        if entry is not None:
+            self.hits += 1
+            if entry.uses == 0:
+                del self._idle[key]
+                self.idle_bytes -= nbytes
+            entry.uses += 1
+            return entry
+        self.misses += 1
+        access = Access.LOCAL_WRITE if writable else Access.NONE
+        entry = CacheEntry(self, key, self._register(address, nbytes, access))
+        owner = _immovable_owner(buffer)
+        if owner is not None:
+            dead = self._dead
+            entry.watch = weakref.ref(owner, lambda _ref, entry=entry: dead.append(entry))  # type: ignore[misc]
+        self._entries[key] = entry
+        return entry
+
+    def _register(self, address: int, nbytes: int, access: Access) -> MemoryRegion:
+        try:
+            return MemoryRegion(self._pd, address, nbytes, access)
+        except MemoryLimitError:
+            if not self._idle:
+                raise
+            self._shrink(0)  # what is pinned for nothing may be what is missing
+            return MemoryRegion(self._pd, address, nbytes, access)
+
+    def _unused(self, entry: CacheEntry) -> None:
+        self._bury()
+        if self._entries.get(entry.key) is not entry:
+            return
+        if entry.watch is None or entry.watch() is None or entry.key[1] > self._limit:
+            self._forget(entry)
+            return
+        self._idle[entry.key] = entry
+        self.idle_bytes += entry.key[1]
+        self._shrink(self._limit)
+
+    def _shrink(self, limit: int) -> None:
+        while self.idle_bytes > limit:
+            _, entry = self._idle.popitem(last=False)
+            self.idle_bytes -= entry.key[1]
+            self._forget(entry)
+
+    def _bury(self) -> None:
+        """Deregisters the idle entries whose owner died."""
+        while self._dead:
+            entry = self._dead.popleft()
+            if self._idle.get(entry.key) is entry:
+                del self._idle[entry.key]
+                self.idle_bytes -= entry.key[1]
+                self._forget(entry)
+
+    def _forget(self, entry: CacheEntry) -> None:
+        self._entries.pop(entry.key, None)
+        entry.watch = None
+        entry.region.close()
+
+    def close(self) -> None:
+        """Deregisters everything, in use or not: the queue pairs are gone by now."""
+        for entry in list(self._entries.values()):
+            self._forget(entry)
+        self._idle.clear()
+        self._dead.clear()
+        self.idle_bytes = 0
+
+
+def _immovable_owner(buffer: object) -> object | None:
+    """The object whose life is the life of the memory, if its memory cannot move before that; else None.
+
+    numpy arrays: ``ndarray.resize`` refuses an array that is referenced, a weak reference included. The memory
+    of a view belongs to the end of its chain of bases; only a chain of arrays down to one that owns its data
+    qualifies.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    while isinstance(buffer, memoryview):
+        buffer = buffer.obj
+    while isinstance(buffer, numpy.ndarray) and buffer.base is not None:
+        buffer = buffer.base
+    return buffer if isinstance(buffer, numpy.ndarray) and buffer.flags.owndata else None
+
+
+class ReceiveRing:
+    """The receive buffers of one queue pair: equal buffers in one lease, and how many of them are posted.
+
+    ``post`` posts work requests given as (wr_id, address, length, lkey); the wr_id comes from ``wr_id``, called
+    with the index of the buffer.
+    """
+
+    __slots__ = ("_lease", "_post", "_wr_id", "count", "posted", "size", "view")
+
+    def __init__(
+        self,
+        lease: Lease,
+        count: int,
+        size: int,
+        *,
+        wr_id: Callable[[int], int],
+        post: Callable[[list[tuple[int, int, int, int]]], None],
+    ) -> None:
+        if lease.nbytes < count * size:
+            raise MisuseError(f"{count} buffers of {size} bytes do not fit {lease.nbytes}")
+        self._lease = lease
+        self._wr_id = wr_id
+        self._post = post
+        self.count = count
+        self.size = size
+        self.posted = 0
+        self.view = memoryview(lease)
+
+    def post(self, indices: range | list[int]) -> None:
+        """Posts these buffers, in one crossing. Raises :class:`DeviceError` when the device refuses."""
+        base, size, lkey = self._lease.address, self.size, self._lease.lkey
+        self._post([(self._wr_id(index), base + index * size, size, lkey) for index in indices])
+        self.posted += len(indices)
+        if self.posted > self.count:
+            raise DeviceError(f"{self.posted} receives posted, of {self.count}: the books are wrong")
+
+    def arrived(self) -> None:
+        """One posted receive was used (or flushed)."""
+        self.posted -= 1
+
+    def buffer(self, index: int, nbytes: int) -> memoryview:
+        """The first ``nbytes`` of a buffer that has arrived."""
+        start = index * self.size
+        return self.view[start : start + nbytes]
+
+    def close(self) -> None:
+        """Gives the memory back; the queue pair is gone."""
+        self.view.release()
+        self._lease.release_nowait()
+
+

@@ -1,0 +1,279 @@
+"""The receive side of a connection: posted buffers, the inbox, and who waits for it.
+
+A message stays in the buffer it arrived in until the user takes it; then it is copied out, the buffer is posted
+again, and a credit is owed to the peer. So a slow user slows the sender, and memory is bounded by the ring. A
+notification frees its buffer at once, but its credit is owed only when the user takes it, for the same reason.
+
+Taking is separate from waking: a receiver that is cancelled between its wake-up and its turn has taken nothing,
+and the wake-up goes to the next in line. Receivers are served in the order they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from .cq_reactor import CqReactor, SpinGovernor
+from .errors import DeviceError, ProtocolError
+from .mr_pool import Lease, ReceiveRing
+from .protocol.credit import CreditLedger
+from .protocol.frames import HEADER, HEADER_SIZE, FrameKind, check_header
+from .send_queue import SendQueue, SpinningFuture
+from .verbs import QueuePair, WcOpcode
+
+_RECV_WITH_IMM = int(WcOpcode.RECV_RDMA_WITH_IMM)
+_now_ns = time.perf_counter_ns
+
+T = TypeVar("T")
+
+
+class Inbox(Generic[T]):
+    """Items in order of arrival, and a fair line of those who wait for one."""
+
+    __slots__ = ("_governor", "_loop", "_promised", "_spin", "_waiters", "items")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        spin: Callable[[SpinningFuture], None] | None,
+        governor: SpinGovernor | None,
+    ) -> None:
+        self._loop = loop
+        self._spin = spin
+        self._governor = governor
+        self._waiters: deque[SpinningFuture] = deque()
+        self._promised = 0  # items whose receiver was woken but has not taken its turn yet
+        self.items: deque[T] = deque()
+
+    def put(self, item: T) -> None:
+        """One more item; wakes the first in line."""
+        self.items.append(item)
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters and len(self.items) > self._promised:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                self._promised += 1
+                waiter.set_result(True)
+
+    @property
+    def ready(self) -> bool:
+        """True when an item is there that is promised to nobody."""
+        return len(self.items) > self._promised
+
+    async def wait(self) -> None:
+        """Returns when it is the caller's turn to take an item: it must do so before it awaits anything.
+
+        Cancelled: the turn goes to the next. Raises what :meth:`fail` was given.
+        """
+        waiter = SpinningFuture(self._loop, self._spin)
+        self._waiters.append(waiter)
+        started = _now_ns()
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._promised -= 1
+                self._wake()
+            elif waiter in self._waiters:
+                self._waiters.remove(waiter)
+            raise
+        self._promised -= 1
+        if self._governor is not None:
+            self._governor.learn(_now_ns() - started)
+
+    def fail(self, make_error: Callable[[], BaseException]) -> None:
+        """Everyone in line gets an error of their own; those already woken still get their item."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(make_error())
+
+
+class ReceiveSlot:
+    """One receive buffer of the ring in the pending table."""
+
+    __slots__ = ("index", "queue", "wr_id")
+
+    def __init__(self, queue: ReceiveQueue, index: int) -> None:
+        self.queue = queue
+        self.index = index
+        self.wr_id = 0
+
+    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+        """Something arrived in this buffer, or it was flushed."""
+        self.queue.completed(self, status, opcode, byte_len, imm, vendor_err)
+
+
+class ReceiveQueue:
+    """The ring, the inbox of messages and the inbox of notifications.
+
+    A message in the inbox is (buffer index, payload length), or bytes once the ring is gone.
+    """
+
+    def __init__(
+        self,
+        *,
+        reactor: CqReactor,
+        qp: QueuePair,
+        lease: Lease,
+        window: int,
+        control: int,
+        size: int,
+        sends: SendQueue,
+        spin: Callable[[SpinningFuture], None] | None,
+        governor: SpinGovernor | None,
+        failed: Callable[[int, int, str], None],
+        broken: Callable[[DeviceError | ProtocolError], None],
+    ) -> None:
+        self._reactor = reactor
+        self._sends = sends
+        self._failed = failed
+        self._broken = broken
+        self._window = window
+        count = window + control
+        self._slots = [ReceiveSlot(self, index) for index in range(count)]
+        self.ring = ReceiveRing(lease, count, size, wr_id=self._enter, post=qp.post_recv)
+        loop = asyncio.get_running_loop()
+        self.messages: Inbox[tuple[int, int] | bytes] = Inbox(loop, spin, governor)
+        self.notifications: Inbox[int] = Inbox(loop, spin, governor)
+        self.ledger: CreditLedger | None = None
+        self.closed = False
+        self.on_idle: Callable[[], None] | None = None
+        self.received = 0
+
+    def post_all(self) -> None:
+        """Posts every buffer; the queue pair is in INIT. Raises :class:`DeviceError`."""
+        self.ring.post(range(self.ring.count))
+
+    def _enter(self, index: int) -> int:
+        slot = self._slots[index]
+        slot.wr_id = self._reactor.add(slot)
+        return slot.wr_id
+
+    # --- arrivals ------------------------------------------------------------------------------------
+
+    def completed(
+        self, slot: ReceiveSlot, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int
+    ) -> None:
+        """A posted buffer came back."""
+        self.ring.arrived()
+        if status:
+            self._failed(status, vendor_err, "recv")
+        elif not self.closed:
+            try:
+                self._arrived(slot.index, opcode, byte_len, imm)
+            except (ProtocolError, DeviceError) as error:
+                self._broken(error)
+        if self.ring.posted == 0 and self.on_idle is not None:
+            self.on_idle()
+
+    def _arrived(self, index: int, opcode: int, byte_len: int, imm: int) -> None:
+        ledger = self.ledger
+        if ledger is None:
+            raise ProtocolError("the peer sent before the connection was established")
+        if opcode == _RECV_WITH_IMM:
+            ledger.receive_data()
+            self.ring.post([index])
+            self.notifications.put(imm)
+            return
+        if byte_len < HEADER_SIZE:
+            raise ProtocolError(f"frame of {byte_len} bytes, shorter than its header")
+        kind, flags, reserved, length, data, control = HEADER.unpack_from(
+            self.ring.buffer(index, HEADER_SIZE)
+        )
+        check_header(kind, flags, reserved, length, byte_len)
+        if kind == FrameKind.MESSAGE:
+            ledger.receive_data()
+            self.received += 1
+            more = ledger.learn(data, control)
+            self.messages.put((index, length))
+        else:
+            ledger.receive_control()
+            self.ring.post([index])
+            more = ledger.learn(data, control)
+        if more:
+            self._sends.pump()
+        self._sends.send_credits()
+
+    # --- taking --------------------------------------------------------------------------------------
+
+    def peek(self) -> int:
+        """The length in bytes of the message that is next."""
+        item = self.messages.items[0]
+        return item[1] if isinstance(item, tuple) else len(item)
+
+    def take(self) -> bytes:
+        """The next message, as bytes; its buffer is posted again."""
+        item = self.messages.items.popleft()
+        if isinstance(item, bytes):
+            return item
+        index, length = item
+        data = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
+        self._recycle(index)
+        return data
+
+    def take_into(self, view: memoryview) -> int:
+        """The next message, copied to the start of ``view``, which is large enough; returns its length."""
+        item = self.messages.items.popleft()
+        if isinstance(item, bytes):
+            view[: len(item)] = item
+            return len(item)
+        index, length = item
+        view[:length] = self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:]
+        self._recycle(index)
+        return length
+
+    def take_notification(self) -> int:
+        """The next notification."""
+        imm = self.notifications.items.popleft()
+        self._owe()
+        return imm
+
+    def _recycle(self, index: int) -> None:
+        if self.closed:
+            return
+        try:
+            self.ring.post([index])
+        except DeviceError as error:
+            self._broken(error)
+            return
+        self._owe()
+
+    def _owe(self) -> None:
+        if self.ledger is not None and not self.closed:
+            self.ledger.release()
+            self._sends.send_credits()
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    def stop(self, *, keep: bool) -> None:
+        """Nothing more is taken in. With ``keep``, what has arrived is copied out of the ring and stays."""
+        if self.closed:
+            return
+        self.closed = True
+        items = list(self.messages.items)
+        self.messages.items.clear()
+        if keep:
+            for item in items:
+                if isinstance(item, tuple):
+                    index, length = item
+                    item = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
+                self.messages.items.append(item)
+        else:
+            self.notifications.items.clear()
+
+    def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
+        """Ends every wait for which nothing is there."""
+        self.messages.fail(lambda: make_error("recv"))
+        self.notifications.fail(lambda: make_error("notified"))
+
+    def close(self) -> None:
+        """The queue pair is gone: nothing can touch the ring any more."""
+        for slot in self._slots:
+            self._reactor.remove(slot.wr_id, slot)
+        self.ring.close()

@@ -1,0 +1,493 @@
+"""The send side of a connection: operations, and the two windows they pass through.
+
+An operation is a future. It waits for up to two things, each in a fair queue of its own: a credit (messages
+and notifications only: the peer has a receive posted), then a slot of our own send queue. The two are never
+confused, because completions of different queues are not ordered: the peer's credit for a message can arrive
+before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
+nothing passes a write that was issued before it.
+
+Each slot owns a staging buffer in registered memory. Small data is copied there once (or travels inline), so it
+needs no registration of its own and the caller's buffer is free as soon as the request is posted. Large data
+is pinned and moved in place, in pieces where the port limits the size of a message.
+
+Slots for credit frames are reserved: two peers that are both blocked in send still tell each other about
+credits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+from .cq_reactor import CqReactor, SpinGovernor
+from .errors import DeviceError, errno_text
+from .mr_pool import Lease, Pinned
+from .protocol.credit import CreditLedger
+from .protocol.frames import HEADER, HEADER_SIZE, FrameKind
+from .verbs import SEND_WR_STRUCT, CompletionQueue, QueuePair, SendFlags, WrOpcode
+
+_SIGNALED = int(SendFlags.SIGNALED)
+_INLINE = int(SendFlags.SIGNALED | SendFlags.INLINE)
+_WRITE = int(WrOpcode.RDMA_WRITE)
+_WRITE_IMM = int(WrOpcode.RDMA_WRITE_WITH_IMM)
+_SEND = int(WrOpcode.SEND)
+_READ = int(WrOpcode.RDMA_READ)
+_FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
+_COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
+_ATOMICS = (_FETCH_ADD, _COMPARE_SWAP)
+
+_now_ns = time.perf_counter_ns
+
+#: A work request as SEND_WR_STRUCT packs it.
+PackedFields = tuple[int, int, int, int, int, int, int, int, int, int, int]
+
+
+class SpinningFuture(asyncio.Future[Any]):
+    """A future that, when awaited, first lets the reactor poll for it (see cq_reactor)."""
+
+    __slots__ = ("_spin",)
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, spin: Callable[[SpinningFuture], None] | None
+    ) -> None:
+        super().__init__(loop=loop)
+        self._spin = spin
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self._spin is not None and not self.done():
+            self._spin(self)
+        return super().__await__()
+
+    __iter__ = __await__
+
+
+class Operation(SpinningFuture):
+    """One operation of a connection, awaitable once or often.
+
+    Cancelling abandons the wait. What was not posted by then is not sent; what was posted may still happen, and
+    its memory stays with the device until it has.
+    """
+
+    __slots__ = (
+        "address",
+        "compare_add",
+        "credit",
+        "data",
+        "imm",
+        "in_flight",
+        "into",
+        "kind",
+        "nbytes",
+        "offset",
+        "opcode",
+        "pinned",
+        "post",
+        "queue",
+        "remote_address",
+        "rkey",
+        "started_ns",
+        "swap",
+    )
+
+    def __init__(self, queue: SendQueue, kind: str, opcode: int, nbytes: int = 0) -> None:
+        super().__init__(queue.loop, queue.spin)
+        self.queue = queue
+        self.kind = kind
+        self.opcode = opcode
+        self.nbytes = nbytes
+        self.offset = 0  # bytes posted so far
+        self.in_flight = 0  # work requests the device has
+        self.started_ns = 0
+        self.data: Any = None  # what staging copies from
+        self.pinned: Pinned | None = None  # large data: in place
+        self.into = False  # a read whose result is the byte count: the data is where the caller wants it
+        self.credit = False
+        self.remote_address = 0
+        self.rkey = 0
+        self.imm = 0
+        self.compare_add = 0
+        self.swap = 0
+        self.post: Callable[[int], None] | None = None  # bind and invalidate have work requests of their own
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Abandons the wait; see the class."""
+        if not super().cancel(msg):
+            return False
+        self.queue.abandoned(self)
+        return True
+
+    def release(self) -> None:
+        """The device is done with the memory, or never got it."""
+        self.data = None
+        if self.pinned is not None:
+            self.pinned.release()
+            self.pinned = None
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the wait with ``error``; the memory is not touched."""
+        if not self.done():
+            self.set_exception(error)
+
+
+class SendSlot:
+    """One slot of the send queue, with its staging buffer."""
+
+    __slots__ = ("address", "operation", "queue", "view", "wr_id")
+
+    def __init__(self, queue: SendQueue, address: int, view: memoryview) -> None:
+        self.queue = queue
+        self.address = address
+        self.view = view
+        self.operation: Operation | None = None
+        self.wr_id = 0
+
+    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+        """The device is done with the work request posted from here."""
+        operation = self.operation
+        self.operation = None
+        queue = self.queue
+        if operation is None:
+            queue.control_completed(self, status, vendor_err)
+        else:
+            queue.completed(self, operation, status, vendor_err)
+
+
+class SendQueue:
+    """The windows, the slots and the posting. ``failed(status, vendor_err, kind, operation)`` is told of error
+    completions, ``broken(error)`` of requests the device refused."""
+
+    def __init__(
+        self,
+        *,
+        reactor: CqReactor,
+        cq: CompletionQueue,
+        qp: QueuePair,
+        lease: Lease,
+        depth: int,
+        control: int,
+        stage_size: int,
+        max_message: int,
+        governor: SpinGovernor | None,
+        spins: bool,
+        failed: Callable[[int, int, str, Operation | None], None],
+        broken: Callable[[DeviceError], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.spin: Callable[[SpinningFuture], None] | None = self._spin if spins else None
+        self._reactor = reactor
+        self._cq = cq
+        self._qp = qp
+        self._lease = lease
+        self._lkey = lease.lkey
+        self._inline = qp.max_inline
+        self._governor = governor
+        self._failed = failed
+        self._broken = broken
+        self.stage_size = stage_size
+        self.max_message = max_message
+        self._view = memoryview(lease)
+        slots = [
+            SendSlot(self, lease.address + i * stage_size, self._view[i * stage_size : (i + 1) * stage_size])
+            for i in range(depth + control)
+        ]
+        self._slots = slots
+        self._free = slots[:depth]
+        self._control_free = slots[depth:]
+        self._depth = depth
+        self.ledger: CreditLedger | None = None
+        self._reserved = 0  # credits promised to operations that still wait for a slot
+        self._credit_queue: deque[Operation] = deque()
+        self._slot_queue: deque[Operation] = deque()
+        self.closed = False
+        self.posted = 0  # work requests the device has
+        self.on_idle: Callable[[], None] | None = None
+        self.sent = 0
+        self.credit_frames = 0
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """How many operations wait for a credit, and for a slot."""
+        return len(self._credit_queue), len(self._slot_queue)
+
+    @property
+    def in_flight(self) -> int:
+        """Data slots in use."""
+        return self._depth - len(self._free)
+
+    def _spin(self, future: SpinningFuture) -> None:
+        self._reactor.spin(future, self._cq, self._governor)
+
+    # --- in ------------------------------------------------------------------------------------------
+
+    def submit(self, operation: Operation) -> Operation:
+        """Posts the operation now if both windows are open and nobody waits before it; else it waits in turn."""
+        if operation.credit:
+            self._credit_queue.append(operation)
+        else:
+            self._slot_queue.append(operation)
+        self.pump()
+        return operation
+
+    def submit_many(self, operations: list[Operation]) -> None:
+        """The same for several, with one doorbell for as many as fit."""
+        for operation in operations:
+            (self._credit_queue if operation.credit else self._slot_queue).append(operation)
+            self._promote()
+        self.pump()
+
+    def abandoned(self, operation: Operation) -> None:
+        """The operation was cancelled: forget what was not posted."""
+        for waiting in (self._credit_queue, self._slot_queue):
+            try:
+                waiting.remove(operation)
+            except ValueError:
+                continue
+            if waiting is self._slot_queue and operation.credit:
+                self._reserved -= 1
+        if not operation.in_flight:
+            self._end(operation)
+        if not self.closed:
+            self.pump()
+
+    def _promote(self) -> None:
+        """Moves operations that can have a credit on to the queue for slots."""
+        waiting, ledger = self._credit_queue, self.ledger
+        while waiting and ledger is not None and ledger.data_credits > self._reserved:
+            self._reserved += 1
+            self._slot_queue.append(waiting.popleft())
+
+    def pump(self) -> None:
+        """Posts what the windows allow, in order, with one call for all of it."""
+        self._promote()
+        if not self._slot_queue or not self._free or self.closed:
+            return
+        batch: list[PackedFields] = []
+        while self._slot_queue and self._free:
+            operation = self._slot_queue[0]
+            if operation.post is not None:
+                self._post(batch)
+                batch = []
+                self._slot_queue.popleft()
+                self._post_special(operation)
+                continue
+            batch.append(self._stage(operation, self._free.pop()))
+            if operation.offset >= operation.nbytes:
+                self._slot_queue.popleft()
+        self._post(batch)
+
+    # --- building work requests ----------------------------------------------------------------------
+
+    def _stage(self, operation: Operation, slot: SendSlot) -> PackedFields:
+        """The next work request of an operation, its data in place."""
+        offset = operation.offset
+        nbytes = min(operation.nbytes - offset, self.max_message)
+        last = offset + nbytes >= operation.nbytes
+        operation.offset = offset + nbytes
+        opcode = operation.opcode
+        address, lkey, flags = slot.address, self._lkey, _SIGNALED
+        if operation.pinned is not None:
+            address, lkey = operation.pinned.address + offset, operation.pinned.lkey
+        elif opcode == _SEND:
+            nbytes = self._stage_message(operation, slot)
+        elif nbytes and operation.data is not None:
+            slot.view[:nbytes] = operation.data
+        if operation.data is not None or opcode == _SEND:
+            operation.data = None
+            if nbytes <= self._inline:
+                flags = _INLINE
+        if opcode == _WRITE_IMM:
+            if last:
+                self._use_credit()
+            else:
+                opcode = _WRITE
+        return (
+            self._enter(slot, operation),
+            address if nbytes else 0,
+            operation.remote_address + offset,
+            operation.compare_add,
+            operation.swap,
+            nbytes,
+            lkey,
+            operation.rkey,
+            operation.imm,
+            opcode,
+            flags,
+        )
+
+    def _stage_message(self, operation: Operation, slot: SendSlot) -> int:
+        ledger = self._use_credit()
+        data = operation.data
+        nbytes = operation.nbytes
+        HEADER.pack_into(slot.view, 0, FrameKind.MESSAGE, 0, 0, nbytes, *ledger.stamp())
+        if nbytes:
+            slot.view[HEADER_SIZE : HEADER_SIZE + nbytes] = data
+        return HEADER_SIZE + nbytes
+
+    def _use_credit(self) -> CreditLedger:
+        assert self.ledger is not None
+        self._reserved -= 1
+        self.ledger.send_data()
+        return self.ledger
+
+    def _enter(self, slot: SendSlot, operation: Operation) -> int:
+        slot.operation = operation
+        slot.wr_id = self._reactor.add(slot)
+        operation.in_flight += 1
+        if not operation.started_ns:
+            operation.started_ns = _now_ns()
+            self._reactor.posted()
+        self.posted += 1
+        return slot.wr_id
+
+    # --- posting -------------------------------------------------------------------------------------
+
+    def _post(self, batch: list[PackedFields]) -> None:
+        if not batch:
+            return
+        qp = self._qp
+        if len(batch) == 1 and batch[0][9] not in _ATOMICS:
+            wr_id, address, remote, _, _, nbytes, lkey, rkey, imm, opcode, flags = batch[0]
+            rc = qp.post_send(wr_id, opcode, flags, address, nbytes, lkey, remote, rkey, imm)
+            done = 0 if rc else 1
+        else:
+            pack = SEND_WR_STRUCT.pack
+            done, rc = qp.post_send_many(b"".join([pack(*fields) for fields in batch]), len(batch))
+        self.sent += done
+        if rc:
+            refused = {fields[0] for fields in batch[done:]}
+            for slot in [slot for slot in self._slots if slot.operation and slot.wr_id in refused]:
+                self._take_back(slot)
+            self._broken(
+                DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
+            )
+
+    def _post_special(self, operation: Operation) -> None:
+        assert operation.post is not None
+        slot = self._free.pop()
+        wr_id = self._enter(slot, operation)
+        operation.offset = operation.nbytes
+        try:
+            operation.post(wr_id)
+        except DeviceError as error:
+            self._take_back(slot)
+            operation.fail(error)
+            return
+        self.sent += 1
+
+    def _take_back(self, slot: SendSlot) -> None:
+        """The device refused the request of this slot: slot and memory are ours again."""
+        operation, slot.operation = slot.operation, None
+        self._reactor.remove(slot.wr_id, slot)
+        self._free.append(slot)
+        if operation is not None:
+            self._settle(operation)
+
+    def _settle(self, operation: Operation) -> None:
+        """One work request of the operation is with us again."""
+        self.posted -= 1
+        operation.in_flight -= 1
+        if operation.in_flight == 0 and (operation.offset >= operation.nbytes or operation.done()):
+            self._end(operation)
+        if self.posted == 0 and self.on_idle is not None:
+            self.on_idle()
+
+    def _end(self, operation: Operation) -> None:
+        """Nothing of the operation is with the device, and nothing more will be posted of it."""
+        operation.release()
+        if operation.started_ns:
+            operation.started_ns = 0
+            self._reactor.finished()
+
+    # --- completions ---------------------------------------------------------------------------------
+
+    def completed(self, slot: SendSlot, operation: Operation, status: int, vendor_err: int) -> None:
+        """A work request of ``operation`` completed."""
+        if status:
+            self._free.append(slot)
+            self._settle(operation)
+            self._failed(status, vendor_err, operation.kind, operation)
+            return
+        if operation.in_flight == 1 and operation.offset >= operation.nbytes and not operation.done():
+            operation.set_result(self._result(operation, slot))
+            if self._governor is not None and operation.nbytes <= self.stage_size:
+                self._governor.learn(_now_ns() - operation.started_ns)
+        self._free.append(slot)
+        self._settle(operation)
+        if self._slot_queue or self._credit_queue:
+            self.pump()
+
+    def _result(self, operation: Operation, slot: SendSlot) -> Any:
+        opcode = operation.opcode
+        if opcode == _READ:
+            if operation.into:
+                return operation.nbytes
+            return bytes(operation.pinned._view if operation.pinned else slot.view[: operation.nbytes])
+        if opcode in _ATOMICS:
+            # The card has put the old value there in the order of this machine.
+            return slot.view[:8].cast("Q")[0]
+        return None
+
+    # --- credit frames -------------------------------------------------------------------------------
+
+    def send_credits(self) -> None:
+        """Sends credit frames as long as one is due and a reserved slot is free."""
+        ledger = self.ledger
+        while ledger is not None and not self.closed and self._control_free and ledger.update_due():
+            slot = self._control_free.pop()
+            ledger.send_control()
+            HEADER.pack_into(slot.view, 0, FrameKind.CREDIT, 0, 0, 0, *ledger.stamp())
+            flags = _INLINE if self._inline >= HEADER_SIZE else _SIGNALED
+            slot.wr_id = self._reactor.add(slot)
+            self.posted += 1
+            self.credit_frames += 1
+            rc = self._qp.post_send(slot.wr_id, _SEND, flags, slot.address, HEADER_SIZE, self._lkey)
+            if rc:
+                self._reactor.remove(slot.wr_id, slot)
+                self.posted -= 1
+                self._control_free.append(slot)
+                self._broken(
+                    DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
+                )
+                return
+
+    def control_completed(self, slot: SendSlot, status: int, vendor_err: int) -> None:
+        """A credit frame left (or failed)."""
+        self.posted -= 1
+        self._control_free.append(slot)
+        if status:
+            self._failed(status, vendor_err, "credit update", None)
+        else:
+            self.send_credits()
+        if self.posted == 0 and self.on_idle is not None:
+            self.on_idle()
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
+        """Ends every wait, queued or in flight; posted memory stays with the device until it hands it back."""
+        self.closed = True
+        queued = [*self._credit_queue, *self._slot_queue]
+        self._credit_queue.clear()
+        self._slot_queue.clear()
+        self._reserved = 0
+        for operation in queued:
+            operation.fail(make_error(operation.kind))
+            if not operation.in_flight:
+                self._end(operation)
+        for slot in self._slots:
+            if slot.operation is not None:
+                slot.operation.fail(make_error(slot.operation.kind))
+
+    def close(self) -> None:
+        """The queue pair is gone: nothing can touch the memory any more."""
+        for slot in self._slots:
+            if self._reactor.remove(slot.wr_id, slot):
+                operation, slot.operation = slot.operation, None
+                if operation is not None:
+                    self._settle(operation)
+            slot.view.release()
+        self._view.release()
+        self._lease.release_nowait()

@@ -1,0 +1,950 @@
+"""Connection: queue pair, credits, pool and reactor put together as awaitable operations.
+
+The life of a connection: prepare() attaches to the reactor, leases the buffers, makes the queue pair and posts
+every receive; the bootstrap (connect.py) exchanges the endpoints; open() brings the queue pair to RTS. From then
+on operations go through the send queue and arrivals come through the receive queue.
+
+It ends once, whatever the reason: the first error is kept, the queue pair goes to ERR, every waiter gets an
+exception of its own that names the operation, and a task takes things down in the order they may die: drain
+with a deadline, memory windows, queue pair, registrations, buffers, reactor, device. Nothing the device may
+still touch is given back before the queue pair is destroyed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import secrets
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+from .adapter import Route
+from .config import Config
+from .cq_reactor import ReactorStatistics
+from .errors import (
+    CompletionError,
+    ConnectionClosedError,
+    ConnectionLostError,
+    DeviceError,
+    DeviceGoneError,
+    FlushedError,
+    MessageTooLargeError,
+    MisuseError,
+    RdmaError,
+    WcStatus,
+    WrongLoopError,
+    completion_error,
+)
+from .mr_pool import Lease, Pinned, PoolStatistics
+from .protocol.credit import CONTROL_WINDOW, CreditLedger
+from .protocol.frames import HEADER_SIZE
+from .receive_queue import ReceiveQueue
+from .regions import Grant, RemoteRegion, SharedRegion, access_words, parse_access
+from .send_queue import Operation, SendQueue
+from .verbs import Access, AsyncEvent, EventType, MemoryRegion, MemoryWindow, Path, QueuePair, WrOpcode
+
+if TYPE_CHECKING:
+    from .protocol.bootstrap import Agreed
+
+_WRITE = int(WrOpcode.RDMA_WRITE)
+_WRITE_IMM = int(WrOpcode.RDMA_WRITE_WITH_IMM)
+_SEND = int(WrOpcode.SEND)
+_READ = int(WrOpcode.RDMA_READ)
+_FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
+_COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
+
+#: A piece of a large transfer never exceeds this, whatever the port allows: lengths in work requests are 32 bit.
+_MAX_PIECE = 1 << 30
+_U64 = 1 << 64
+
+State = Literal["preparing", "open", "closing", "closed"]
+
+
+class Session(Protocol):
+    """The bootstrap's TCP connection, as the Connection sees it: liveness, sharing and closing."""
+
+    def send_share(self, name: str, address: int, length: int, rkey: int, access: list[str]) -> None:
+        """Announces a region."""
+
+    def send_unshare(self, name: str) -> None:
+        """Takes the announcement back."""
+
+    def send_close(self, error: RdmaError | None) -> None:
+        """Says goodbye, and why; then closes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionStatistics:
+    """A snapshot of one connection. Credits in messages, sizes in bytes."""
+
+    peer: str
+    device: str
+    qp_num: int
+    state: State
+    mode: str
+    send_credits: int
+    send_slots_used: int
+    waiting_for_credit: int
+    waiting_for_slot: int
+    receives_posted: int
+    messages_queued: int
+    notifications_queued: int
+    messages_received: int
+    requests_posted: int
+    credit_frames: int
+    mtu: int
+    eager_size: int
+    shared: int
+    remote: int
+    reactor: ReactorStatistics
+    pool: PoolStatistics
+
+
+class Connection:
+    """A connection to a peer. Made by :func:`aiordma.connect` and :func:`aiordma.serve`.
+
+    Operations return futures: await them at once, or start several and await them later. Cancelling one
+    abandons the wait: what the device has already been given may still happen, and its memory stays alive
+    until it has. After the connection has ended, every operation raises
+    :class:`~aiordma.errors.ConnectionLostError` (or :class:`~aiordma.errors.ConnectionClosedError` for an end
+    in order) with the reason. A connection belongs to the event loop it was made in.
+    """
+
+    def __init__(self, route: Route, config: Config, peer: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._adapter = route.adapter
+        self.route = route
+        self._config = config
+        self._peer = peer
+        self._state: State = "preparing"
+        self._error: ConnectionLostError | None = None
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._session: Session | None = None
+        self._teardown_task: asyncio.Task[None] | None = None
+        self._shared: dict[str, SharedRegion] = {}
+        self._grants: dict[str, Grant] = {}
+        self._grant_waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._agreed: Agreed | None = None
+        self.psn = secrets.randbits(24)
+        self.eager_size = config.eager_size
+
+    # --- coming to life ------------------------------------------------------------------------------
+
+    async def prepare(self) -> None:
+        """Makes the queue pair and posts its receives. Raises :class:`DeviceError`, :class:`MemoryLimitError`;
+        on any failure (cancellation included) everything is given back."""
+        config, adapter = self._config, self._adapter
+        reactor, pool = adapter.reactor, adapter.pool
+        stage = config.eager_size + HEADER_SIZE
+        sends, receives = config.send_depth + CONTROL_WINDOW, config.receive_credits + CONTROL_WINDOW
+        send_lease = recv_lease = None
+        self._entries = sends + receives
+        self._cq = reactor.attach(config.mode, self._entries)
+        try:
+            send_lease = await pool.acquire(sends * stage)
+            recv_lease = await pool.acquire(receives * stage)
+            self._qp = QueuePair(
+                adapter.pd,
+                self._cq,
+                max_send_wr=sends,
+                max_recv_wr=receives,
+                max_inline=config.inline_size,
+            )
+        except BaseException:
+            for lease in (send_lease, recv_lease):
+                if lease is not None:
+                    lease.release_nowait()
+            reactor.detach(config.mode, self._cq, self._entries)
+            adapter.release()
+            self._state = "closed"
+            raise
+        self._make_queues(send_lease, recv_lease, stage)
+        try:
+            self._qp.to_init(self.route.choice.port.port)
+            self._receives.post_all()
+        except BaseException:
+            self._destroy()
+            raise
+
+    def _make_queues(self, send_lease: Lease, recv_lease: Lease, stage: int) -> None:
+        config, reactor = self._config, self._adapter.reactor
+        adaptive = config.mode == "adaptive"
+        self._sends = SendQueue(
+            reactor=reactor,
+            cq=self._cq,
+            qp=self._qp,
+            lease=send_lease,
+            depth=config.send_depth,
+            control=CONTROL_WINDOW,
+            stage_size=stage,
+            max_message=min(self.route.choice.port.max_message or _MAX_PIECE, _MAX_PIECE),
+            governor=reactor.governor if adaptive else None,
+            spins=config.mode != "event",
+            failed=self._completion_failed,
+            broken=self._fail_with,
+        )
+        arrivals = reactor.arrivals if adaptive else None
+        self._receives = ReceiveQueue(
+            reactor=reactor,
+            qp=self._qp,
+            lease=recv_lease,
+            window=config.receive_credits,
+            control=CONTROL_WINDOW,
+            size=stage,
+            sends=self._sends,
+            spin=None if config.mode == "event" else lambda f: reactor.spin(f, self._cq, arrivals),
+            governor=arrivals,
+            failed=lambda status, vendor_err, kind: self._completion_failed(status, vendor_err, kind, None),
+            broken=self._fail_with,
+        )
+        reactor.listen(self._qp.qp_num, self._on_async_event)
+
+    @property
+    def qp_num(self) -> int:
+        """Number of the local queue pair."""
+        return self._qp.qp_num
+
+    def ready_to_receive(self, agreed: Agreed) -> None:
+        """INIT to RTR with what the two sides agreed. Raises :class:`DeviceError`."""
+        config, choice = self._config, self.route.choice
+        remote = agreed.remote
+        ledger = CreditLedger(
+            window=config.receive_credits,
+            peer_window=agreed.send_credits,
+            control=CONTROL_WINDOW,
+            peer_control=agreed.control_credits,
+        )
+        self._sends.ledger = self._receives.ledger = ledger
+        self._agreed = agreed
+        self.eager_size = agreed.eager_size
+        path = Path(
+            port=choice.port.port,
+            lid=remote.lid,
+            gid=ipaddress.IPv6Address(remote.gid_bytes) if choice.entry is not None else None,
+            gid_index=choice.entry.index if choice.entry is not None else 0,
+            service_level=config.service_level,
+            traffic_class=config.traffic_class,
+            hop_limit=config.hop_limit,
+        )
+        self._qp.to_rtr(
+            path,
+            qp_num=remote.qp_num,
+            psn=remote.psn,
+            mtu=agreed.mtu,
+            responder_depth=agreed.responder_depth,
+        )
+
+    def ready_to_send(self) -> None:
+        """RTR to RTS. Raises :class:`DeviceError`."""
+        assert self._agreed is not None
+        self._qp.to_rts(
+            psn=self.psn,
+            timeout=self._config.ack_timeout,
+            retry_count=self._config.retry_count,
+            # Not a retry, ever: a peer without a posted receive is a bug in the credits and must be seen.
+            rnr_retry=0,
+            initiator_depth=self._agreed.initiator_depth,
+        )
+
+    def open(self, session: Session) -> None:
+        """The bootstrap is done: the connection may be used, and ``session`` watches over it."""
+        self._session = session
+        self._state = "open"
+
+    # --- messages ------------------------------------------------------------------------------------
+
+    def send(self, data: Any) -> Operation:
+        """Sends one message: any contiguous buffer object of up to :attr:`eager_size` bytes, empty included.
+
+        Awaiting returns None when the peer's device has the message. Waits in turn for a credit (the peer has
+        posted receives it has not used) and a slot. ``data`` must not change until then. Raises
+        :class:`MessageTooLargeError`, :class:`MisuseError` for an object that is no buffer. Cancelled before it
+        was posted: not sent; later: it arrives all the same.
+        """
+        view = _bytes_view(data)
+        if view.nbytes > self.eager_size:
+            raise MessageTooLargeError(view.nbytes, self.eager_size)
+        operation = self._operation("send", _SEND, view.nbytes)
+        operation.data = view
+        operation.credit = True
+        return self._sends.submit(operation)
+
+    async def recv(self) -> bytes:
+        """The next message, in the order they were sent; several receivers are served in turn.
+
+        After the peer has closed in order, what had arrived is still delivered; then
+        :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
+        """
+        await self._message_ready()
+        return self._receives.take()
+
+    async def recv_into(self, buffer: Any) -> int:
+        """As :meth:`recv`, into the start of a writable buffer; returns the length of the message in bytes.
+
+        Raises :class:`MisuseError` when the message does not fit; it stays the next one to be received.
+        """
+        view = _bytes_view(buffer, writable=True)
+        await self._message_ready()
+        length = self._receives.peek()
+        if length > view.nbytes:
+            self._receives.messages._wake()
+            raise MisuseError(f"recv_into: the next message has {length} bytes, the buffer {view.nbytes}")
+        return self._receives.take_into(view)
+
+    async def _message_ready(self) -> None:
+        self._check_loop()
+        inbox = self._receives.messages
+        if not inbox.ready:
+            if self._error is not None:
+                raise self._derive("recv")
+            await inbox.wait()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._messages()
+
+    async def _messages(self) -> AsyncIterator[bytes]:
+        """Messages until the connection is closed in order; a lost connection raises."""
+        while True:
+            try:
+                message = await self.recv()
+            except ConnectionClosedError:
+                return
+            yield message
+
+    async def notified(self) -> int:
+        """The value of the next notification (``write(..., notify=value)`` at the peer), in order.
+
+        The data it announces is in place. Errors and cancellation as :meth:`recv`.
+        """
+        self._check_loop()
+        inbox = self._receives.notifications
+        if not inbox.ready:
+            if self._error is not None:
+                raise self._derive("notified")
+            await inbox.wait()
+        return self._receives.take_notification()
+
+    # --- one-sided operations ------------------------------------------------------------------------
+
+    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> Operation:
+        """Writes a contiguous buffer object of any size to the start of ``remote`` (RDMA WRITE).
+
+        Awaiting returns None when the data is in the peer's memory. ``notify`` (0 to 2**32 - 1) also wakes the
+        peer's :meth:`notified` with that value, after the data is in place; it needs a credit, as a message
+        does. ``data`` must not change until then; large data is read in place by the device. Raises
+        :class:`MisuseError` (or :class:`RemoteBoundsError`) before anything is sent, when ``remote`` is too
+        small, not writable, revoked, or of another connection; :class:`RemoteAccessError` when the peer's device
+        refuses, which ends the connection.
+        """
+        return self._sends.submit(self._write(data, remote, notify))
+
+    def _write(self, data: Any, remote: RemoteRegion, notify: int | None) -> Operation:
+        view = _bytes_view(data)
+        nbytes = view.nbytes
+        remote.check(self, nbytes, Access.REMOTE_WRITE, "write")
+        if notify is not None and not 0 <= notify < 1 << 32:
+            raise MisuseError(f"notify={notify}: 0 to {(1 << 32) - 1}")
+        operation = self._operation("write", _WRITE if notify is None else _WRITE_IMM, nbytes)
+        self._aim(operation, remote)
+        if notify is not None:
+            operation.imm = notify
+            operation.credit = True
+        if nbytes > self._sends.stage_size:
+            operation.pinned = self._adapter.pool.pin(view, writable=False)
+        elif nbytes:
+            operation.data = view
+        return operation
+
+    def read(self, remote: RemoteRegion) -> Operation:
+        """Reads all of ``remote`` (RDMA READ). Awaiting returns the bytes. Errors as :meth:`write`."""
+        return self._sends.submit(self._read(remote))
+
+    def _read(self, remote: RemoteRegion) -> Operation:
+        nbytes = len(remote)
+        remote.check(self, nbytes, Access.REMOTE_READ, "read")
+        operation = self._operation("read", _READ, nbytes)
+        self._aim(operation, remote)
+        if nbytes > self._sends.stage_size:
+            operation.pinned = self._adapter.pool.pin(bytearray(nbytes), writable=True)
+        return operation
+
+    def read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
+        """Reads all of ``remote`` into the start of a writable contiguous buffer, without a copy.
+
+        Awaiting returns the number of bytes. The buffer belongs to the device until then, also after the wait
+        was cancelled. Errors as :meth:`write`, and :class:`MisuseError` for a buffer that is too small.
+        """
+        return self._sends.submit(self._read_into(remote, buffer))
+
+    def _read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
+        nbytes = len(remote)
+        remote.check(self, nbytes, Access.REMOTE_READ, "read_into")
+        view = _bytes_view(buffer, writable=True)
+        if view.nbytes < nbytes:
+            raise MisuseError(f"read_into: {nbytes} bytes do not fit a buffer of {view.nbytes}")
+        operation = self._operation("read_into", _READ, nbytes)
+        self._aim(operation, remote)
+        operation.into = True
+        if nbytes:
+            operation.pinned = self._adapter.pool.pin(view[:nbytes], writable=True)
+        return operation
+
+    def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
+        """Adds ``value`` (-2**63 to 2**64 - 1, modulo 2**64) to 8 remote bytes, atomically among the operations
+        of the peer's device. Awaiting returns the old value (unsigned, in the peer's byte order as an integer).
+
+        ``remote`` is 8 bytes long and at an address that is a multiple of 8. Errors as :meth:`write`.
+        """
+        return self._sends.submit(self._atomic("fetch_add", _FETCH_ADD, remote, _word("value", value), 0))
+
+    def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
+        """Replaces 8 remote bytes by ``desired`` if they are ``expected``, atomically. Awaiting returns the old
+        value: equal to ``expected`` when it was replaced. Range, alignment and errors as :meth:`fetch_add`."""
+        return self._sends.submit(self._compare_swap(remote, expected, desired))
+
+    def _compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
+        words = _word("expected", expected), _word("desired", desired)
+        return self._atomic("compare_swap", _COMPARE_SWAP, remote, *words)
+
+    def _atomic(self, kind: str, opcode: int, remote: RemoteRegion, compare_add: int, swap: int) -> Operation:
+        remote.check(self, 8, Access.REMOTE_ATOMIC, kind)
+        if len(remote) != 8 or remote.address % 8:
+            raise MisuseError(
+                f"{kind} needs 8 bytes at an address that is a multiple of 8, not {len(remote)} at "
+                f"{remote.address:#x}"
+            )
+        if not self._adapter.attributes.atomics:
+            raise MisuseError(f"{kind}: device {self._adapter.name} has no atomic operations")
+        operation = self._operation(kind, opcode, 8)
+        self._aim(operation, remote)
+        operation.compare_add = compare_add
+        operation.swap = swap
+        return operation
+
+    def batch(self) -> Batch:
+        """Collects operations and posts them with one doorbell: see :class:`Batch`."""
+        return Batch(self)
+
+    def _operation(self, kind: str, opcode: int, nbytes: int) -> Operation:
+        self._check_loop()
+        if self._state != "open":
+            raise self._derive(kind)
+        return Operation(self._sends, kind, opcode, nbytes)
+
+    @staticmethod
+    def _aim(operation: Operation, remote: RemoteRegion) -> None:
+        operation.remote_address = remote.address
+        operation.rkey = remote.grant.rkey
+
+    def _check_loop(self) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            raise WrongLoopError(
+                "a connection is used in the event loop, thread and process it was made in, and only there"
+            )
+
+    # --- memory --------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> Allocation:
+        """Registered memory of ``nbytes`` (at least 1), filled with zeros: await it, or use it as an async
+        context manager. Data in it moves without a copy, and it can be shared.
+
+        Waits in turn while the pool is at its limit. Raises :class:`MemoryLimitError` for more than the limit.
+        """
+        self._check_loop()
+        return Allocation(self, nbytes)
+
+    def register(self, buffer: Any) -> Pinned:
+        """Registers a writable buffer of the user's until ``release()`` (or the end of a ``with`` block), so
+        that operations on it start at once. It cannot be resized or closed meanwhile.
+
+        Operations on large buffers register them by themselves; this is for those used again and again.
+        """
+        self._check_loop()
+        return self._adapter.pool.register(buffer)
+
+    async def share(self, name: str, lease: Lease, access: str = "read|write|atomic") -> None:
+        """Lets the peer of this connection (and no other) into a lease, under a name.
+
+        ``access``: any of the words read, write, atomic, joined by ``|``. Returns when the key is valid and the
+        announcement is on its way. Ends with :meth:`unshare`, with the release of the lease, and with the
+        connection. Raises :class:`MisuseError` for a bad name, access word, or a name that is in use. Cancelled:
+        the region is not shared.
+        """
+        rights = parse_access(access)
+        self._check_loop()
+        if self._state != "open":
+            raise self._derive("share")
+        if not isinstance(lease, Lease) or lease.released:
+            raise MisuseError("share() takes a lease from allocate() that was not released")
+        if not (isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable()):
+            raise MisuseError("the name of a region has 1 to 128 printable characters")
+        if name in self._shared:
+            raise MisuseError(f"{name!r} is shared on this connection already")
+        shared = self._register_shared(name, lease, rights)
+        try:
+            if shared.window is not None:
+                await self._bind(shared)
+        except BaseException:
+            await self._end_share(shared)
+            raise
+        if self._session is not None and self._state == "open":
+            self._session.send_share(name, lease.address, lease.nbytes, shared.rkey, access_words(rights))
+
+    def _register_shared(self, name: str, lease: Lease, rights: Access) -> SharedRegion:
+        windows = self._adapter.attributes.memory_windows
+        local = Access.LOCAL_WRITE | (Access.MW_BIND if windows else rights)
+        region = MemoryRegion(self._adapter.pd, lease.address, lease.nbytes, local)
+        shared = SharedRegion(self, name, rights, region, lease)
+        try:
+            if windows:
+                shared.window = MemoryWindow(self._adapter.pd)
+        except DeviceError:
+            region.close()
+            raise
+        self._shared[name] = shared
+        lease.add_user(shared)
+        return shared
+
+    async def _bind(self, shared: SharedRegion) -> None:
+        window, lease = shared.window, shared.lease
+        assert window is not None
+
+        def post(wr_id: int) -> None:
+            self._qp.post_bind(
+                wr_id, window, shared.region, lease.address, lease.nbytes, shared.access
+            )
+            shared.bound = True
+
+        await self._special("bind", post)
+
+    async def unshare(self, name: str) -> None:
+        """Ends the sharing: when this returns, the device refuses the key. Unknown names are ignored.
+
+        An operation of the peer that comes later fails, and its connection with it. Cancelled: the region stays
+        unusable by its owner until the connection ends or unshare() was called again.
+        """
+        shared = self._shared.get(name)
+        if shared is not None:
+            await self._end_share(shared)
+
+    async def _end_share(self, shared: SharedRegion) -> None:
+        if self._session is not None and self._state == "open":
+            self._session.send_unshare(shared.name)
+        if shared.window is not None and shared.bound and self._state == "open":
+            rkey = shared.window.rkey
+            try:
+                await self._special("invalidate", lambda wr_id: self._qp.post_invalidate(wr_id, rkey))
+            except ConnectionLostError:
+                await asyncio.shield(self._closed)  # the queue pair is gone, and the window's key with it
+        if self._shared.pop(shared.name, None) is not None:
+            shared.close()
+
+    def _special(self, kind: str, post: Callable[[int], None]) -> asyncio.Future[Any]:
+        operation = self._operation(kind, -1, 0)
+        operation.post = post
+        # Shielded: a binding that was posted must be waited for, or its window could not be closed.
+        return asyncio.shield(self._sends.submit(operation))
+
+    async def remote(self, name: str) -> RemoteRegion:
+        """The region that the peer shares under ``name``; waits until it does (use ``asyncio.timeout``).
+
+        Raises :class:`ConnectionLostError` when the connection ends first.
+        """
+        self._check_loop()
+        while (grant := self._grants.get(name)) is None:
+            if self._state != "open":
+                raise self._derive("remote")
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            waiters = self._grant_waiters.setdefault(name, [])
+            waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in waiters:
+                    waiters.remove(waiter)
+                if not waiters:
+                    self._grant_waiters.pop(name, None)
+        return RemoteRegion(grant, 0, grant.length)
+
+    # --- what the session says -----------------------------------------------------------------------
+
+    def peer_shared(self, name: str, address: int, length: int, rkey: int, access: list[str]) -> None:
+        """The peer announced a region."""
+        grant = Grant(self, name, address, length, rkey, parse_access("|".join(access)))
+        self._grants[name] = grant
+        for waiter in self._grant_waiters.get(name, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def peer_unshared(self, name: str) -> None:
+        """The peer took a region back."""
+        grant = self._grants.pop(name, None)
+        if grant is not None:
+            grant.revoked = True
+
+    def peer_closed(self, message: str, *, in_order: bool) -> None:
+        """The peer said goodbye."""
+        if in_order:
+            error: ConnectionLostError = self._lost(ConnectionClosedError, "the peer closed the connection")
+        else:
+            error = self._lost(ConnectionLostError, f"the peer gave the connection up: {message}")
+        self._end(error, keep=True)
+
+    def session_lost(self, error: Exception | None) -> None:
+        """The TCP connection ended without goodbye: the peer process died, or its host, or the network."""
+        detail = f": {error}" if error else ""
+        self._end(
+            self._lost(
+                ConnectionLostError,
+                f"the peer is gone (its TCP connection ended without goodbye{detail}); the process was "
+                "killed, or its host or the network failed",
+            ),
+            keep=True,
+        )
+
+    def session_failed(self, error: RdmaError) -> None:
+        """The peer broke the session's protocol."""
+        self._fail_with(error)
+
+    # --- failure -------------------------------------------------------------------------------------
+
+    def _completion_failed(
+        self, status: int, vendor_err: int, kind: str, operation: Operation | None
+    ) -> None:
+        """A work request ended in an error: the first one that is not a flush names the reason."""
+        error = completion_error(
+            status, peer=self._peer, qp_num=self.qp_num, opcode=kind, vendor_err=vendor_err
+        )
+        if operation is not None and self._error is None:
+            operation.fail(error)
+        if status == WcStatus.WR_FLUSH_ERR and self._error is None:
+            # Flushed before anything else was reported: the device moved the queue pair by itself.
+            error.add_note("the device moved the queue pair to the error state")
+        self._end(error, keep=True)
+
+    def _fail_with(self, error: RdmaError) -> None:
+        """Something that is no completion broke the connection."""
+        if isinstance(error, ConnectionLostError):
+            error.peer, error.qp_num = self._peer, self.qp_num
+            self._end(error, keep=True)
+            return
+        lost = self._lost(ConnectionLostError, str(error))
+        lost.__cause__ = error
+        self._end(lost, keep=True)
+
+    def _on_async_event(self, event: AsyncEvent) -> None:
+        """Dead devices, ports and queue pairs speak through asynchronous events."""
+        if event.type == EventType.DEVICE_FATAL:
+            self._fail_with(DeviceGoneError(f"device {self._adapter.name} failed or was removed"))
+        elif event.type in (EventType.QP_FATAL, EventType.QP_REQ_ERR, EventType.QP_ACCESS_ERR):
+            name = event.type.name if isinstance(event.type, EventType) else str(event.type)
+            self._end(
+                self._lost(
+                    ConnectionLostError,
+                    f"the device reports {name} for this queue pair: a request of the peer was refused, or the "
+                    "queue pair failed",
+                ),
+                keep=True,
+            )
+        elif event.type == EventType.CQ_ERR and event.cookie == self._cq.cookie:
+            self._fail_with(DeviceError("the completion queue failed (overrun, or a device error)"))
+        elif event.type == EventType.PORT_ERR and event.port == self.route.choice.port.port:
+            self._fail_with(
+                DeviceError(f"port {event.port} of {self._adapter.name} went down (link or interface)")
+            )
+
+    def _lost(self, cls: type[ConnectionLostError], reason: str) -> ConnectionLostError:
+        return cls(f"connection to {self._peer}: {reason}", peer=self._peer, qp_num=self.qp_num)
+
+    def _derive(self, kind: str) -> RdmaError:
+        """The exception for an operation that the end of the connection took down."""
+        root = self._error
+        if root is None:
+            return MisuseError(f"{kind}: the connection is not open yet")
+        error: ConnectionLostError
+        if isinstance(root, CompletionError):
+            error = FlushedError(
+                WcStatus.WR_FLUSH_ERR,
+                peer=self._peer,
+                qp_num=self.qp_num,
+                opcode=kind,
+                detail=f"after {root.opcode} ended with {root.status.name}",
+            )
+        else:
+            cls = ConnectionClosedError if isinstance(root, ConnectionClosedError) else ConnectionLostError
+            error = cls(
+                f"{kind} to {self._peer} failed: {root}", peer=self._peer, qp_num=self.qp_num, opcode=kind
+            )
+        error.__cause__ = root
+        return error
+
+    def _end(self, error: ConnectionLostError, *, keep: bool) -> None:
+        """The one way a connection ends; only the first call counts. ``keep``: messages that have arrived can
+        still be received."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._state == "preparing":
+            return  # the bootstrap sees the error and calls abort()
+        if keep:
+            self._adapter.reactor.poll_now()
+        self._state = "closing"
+        try:
+            self._qp.to_error()
+        except DeviceError:
+            pass  # a dead device refuses; the queue pair is destroyed all the same
+        self._receives.stop(keep=keep)
+        self._sends.fail_all(self._derive)
+        self._receives.fail_all(self._derive)
+        for waiters in list(self._grant_waiters.values()):
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(self._derive("remote"))
+        for grant in self._grants.values():
+            grant.revoked = True
+        if self._session is not None:
+            in_order = isinstance(error, ConnectionClosedError)
+            self._session.send_close(None if in_order else error)
+        self._teardown_task = self._loop.create_task(self._teardown(), name=f"aiordma close {self._peer}")
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Closes the connection: operations in flight end with :class:`ConnectionClosedError`, the peer still
+        receives what was sent and acknowledged. Returns at once; see :meth:`wait_closed`. Idempotent."""
+        if self._state == "preparing":
+            raise MisuseError("the connection is not open yet")
+        if self._state == "open":
+            self._check_loop()
+            self._end(self._lost(ConnectionClosedError, "closed on this side"), keep=False)
+        else:
+            self._receives.messages.items.clear()
+
+    async def wait_closed(self) -> None:
+        """Waits until everything is given back: queue pair, memory, descriptors. Raises nothing of its own."""
+        await asyncio.shield(self._closed)
+
+    def is_closing(self) -> bool:
+        """True from the first step of the end on."""
+        return self._state in ("closing", "closed")
+
+    def abort(self) -> None:
+        """The bootstrap failed after prepare(): gives everything back at once."""
+        if self._state == "preparing":
+            self._destroy()
+
+    async def _teardown(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self._destroy()
+
+    async def _drain(self) -> None:
+        """Waits until the device has handed back every work request, or the deadline has passed: a dead device
+        never flushes."""
+        drained: asyncio.Future[None] = self._loop.create_future()
+
+        def check() -> None:
+            if self._sends.posted == 0 and self._receives.ring.posted == 0 and not drained.done():
+                drained.set_result(None)
+
+        self._sends.on_idle = self._receives.on_idle = check
+        check()
+        await asyncio.wait([drained], timeout=self._config.close_timeout)
+        self._sends.on_idle = self._receives.on_idle = None
+
+    def _destroy(self) -> None:
+        """In the order things may die; a step that fails does not keep the next from happening."""
+        adapter, config = self._adapter, self._config
+        steps: list[Callable[[], object]] = [lambda: adapter.reactor.unlisten(self._qp.qp_num)]
+        # A window bound to a queue pair holds it (rxe), so windows go first; then nothing reaches the memory.
+        steps += [shared.window.close for shared in self._shared.values() if shared.window is not None]
+        steps += [self._qp.close]
+        steps += [shared.close for shared in self._shared.values()]
+        steps += [
+            self._sends.close,
+            self._receives.close,
+            lambda: adapter.reactor.detach(config.mode, self._cq, self._entries),
+            adapter.release,
+        ]
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                self._loop.call_exception_handler(
+                    {"message": f"closing the connection to {self._peer}", "exception": error}
+                )
+        self._shared.clear()
+        self._state = "closed"
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    # --- what it is ----------------------------------------------------------------------------------
+
+    @property
+    def peer(self) -> str:
+        """The peer's bootstrap address, ``host:port``."""
+        return self._peer
+
+    def statistics(self) -> ConnectionStatistics:
+        """A snapshot of windows, queues, reactor and pool."""
+        ledger = self._sends.ledger
+        waiting_credit, waiting_slot = self._sends.waiting
+        return ConnectionStatistics(
+            peer=self._peer,
+            device=self._adapter.name,
+            qp_num=self.qp_num,
+            state=self._state,
+            mode=self._config.mode,
+            send_credits=ledger.data_credits if ledger else 0,
+            send_slots_used=self._sends.in_flight,
+            waiting_for_credit=waiting_credit,
+            waiting_for_slot=waiting_slot,
+            receives_posted=self._receives.ring.posted,
+            messages_queued=len(self._receives.messages.items),
+            notifications_queued=len(self._receives.notifications.items),
+            messages_received=self._receives.received,
+            requests_posted=self._sends.sent,
+            credit_frames=self._sends.credit_frames,
+            mtu=self._agreed.mtu if self._agreed else 0,
+            eager_size=self.eager_size,
+            shared=len(self._shared),
+            remote=len(self._grants),
+            reactor=self._adapter.reactor.statistics(),
+            pool=self._adapter.pool.statistics(),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        await self.wait_closed()
+
+    def __repr__(self) -> str:
+        qp = f" qp {self._qp.qp_num:#x}" if hasattr(self, "_qp") else ""
+        return f"<Connection to {self._peer}{qp} {self._state}>"
+
+
+class Allocation:
+    """What :meth:`Connection.allocate` returns: a lease once awaited or entered."""
+
+    __slots__ = ("_connection", "_lease", "_nbytes")
+
+    def __init__(self, connection: Connection, nbytes: int) -> None:
+        self._connection = connection
+        self._nbytes = nbytes
+        self._lease: Lease | None = None
+
+    async def _acquire(self) -> Lease:
+        connection = self._connection
+        if connection._state != "open":
+            raise connection._derive("allocate")
+        return (await connection._adapter.pool.acquire(self._nbytes)).zero()
+
+    def __await__(self) -> Any:
+        return self._acquire().__await__()
+
+    async def __aenter__(self) -> Lease:
+        self._lease = await self._acquire()
+        return self._lease
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._lease is not None:
+            await self._lease.release()
+
+
+class Batch:
+    """Operations that are posted together when the ``async with`` block ends, which then waits for all of them.
+
+    Each method returns its operation, as the connection's does; its result is there after the block. When the
+    body raises, nothing is posted. The first operation that fails raises from the end of the block, after all
+    have ended.
+    """
+
+    __slots__ = ("_connection", "_operations")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._operations: list[Operation] = []
+
+    def _add(self, operation: Operation) -> Operation:
+        operation._spin = None
+        self._operations.append(operation)
+        return operation
+
+    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> Operation:
+        """As :meth:`Connection.write`."""
+        return self._add(self._connection._write(data, remote, notify))
+
+    def read(self, remote: RemoteRegion) -> Operation:
+        """As :meth:`Connection.read`."""
+        return self._add(self._connection._read(remote))
+
+    def read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
+        """As :meth:`Connection.read_into`."""
+        return self._add(self._connection._read_into(remote, buffer))
+
+    def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
+        """As :meth:`Connection.fetch_add`."""
+        return self._add(
+            self._connection._atomic("fetch_add", _FETCH_ADD, remote, _word("value", value), 0)
+        )
+
+    def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
+        """As :meth:`Connection.compare_swap`."""
+        return self._add(self._connection._compare_swap(remote, expected, desired))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        operations, self._operations = self._operations, []
+        if kind is not None:
+            for operation in operations:
+                operation.cancel()
+            return
+        connection = self._connection
+        if connection._state != "open":
+            for operation in operations:
+                operation.cancel()
+            raise connection._derive("batch")
+        connection._sends.submit_many(operations)
+        results = await asyncio.gather(*operations, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+
+def _bytes_view(data: Any, *, writable: bool = False) -> memoryview:
+    """The buffer as a flat view of bytes. Raises :class:`MisuseError`."""
+    try:
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+    except (TypeError, ValueError, BufferError) as error:
+        raise MisuseError(
+            f"a contiguous buffer object (bytes, bytearray, memoryview, numpy array, lease, ...) is needed, "
+            f"not {type(data).__name__}: {error}"
+        ) from None
+    if not view.contiguous:
+        raise MisuseError("the buffer is not contiguous")
+    if writable and view.readonly:
+        raise MisuseError(f"a writable buffer is needed, not a read-only {type(data).__name__}")
+    return view
+
+
+def _word(name: str, value: int) -> int:
+    """A 64-bit value, negative ones in two's complement."""
+    if not -(1 << 63) <= value < _U64:
+        raise MisuseError(f"{name}={value}: -2**63 to 2**64 - 1")
+    return value % _U64
+
+
+__all__ = ["Allocation", "Batch", "Connection", "ConnectionStatistics"]
