@@ -73,9 +73,7 @@ class Route:
     choice: GidChoice
 
 
-def open_route(
-    device: str | None, local: Address | None, remote: Address | None, config: Config
-) -> Route:
+def open_route(device: str | None, local: Address | None, remote: Address | None, config: Config) -> Route:
     """The device and GID for a connection between these addresses; the adapter is in use once more.
 
     ``device`` None means ``AIORDMA_DEVICE``, else the first device with an active port that reaches the peer.

@@ -75,7 +75,11 @@ class Config:
         256 * MIB, 1 * MIB, 1 << 46, "bytes", doc="registered memory of the pool, per device and event loop"
     )
     slab_size: int = _knob(
-        2 * MIB, 64 * KIB, 1 * GIB, "bytes", doc="memory is registered in pieces of this size (a multiple of 4096)"
+        2 * MIB,
+        64 * KIB,
+        1 * GIB,
+        "bytes",
+        doc="memory is registered in pieces of this size (a multiple of 4096)",
     )
     huge_pages: HugePages = field(
         default="auto",
@@ -88,9 +92,15 @@ class Config:
     # --- the queue pair ------------------------------------------------------------------------------
     mtu: int = _knob(4096, 256, 4096, "bytes", doc="path MTU asked for: 256, 512, 1024, 2048 or 4096")
     ack_timeout: int = _knob(
-        16, 1, 31, "exponent", doc="wait for an acknowledgement: 4.096 us * 2**n (14 is 67 ms, 16 268 ms, 18 1 s)"
+        16,
+        1,
+        31,
+        "exponent",
+        doc="wait for an acknowledgement: 4.096 us * 2**n (14 is 67 ms, 16 268 ms, 18 1 s)",
     )
-    retry_count: int = _knob(6, 0, 7, "retries", doc="transmissions repeated before the connection is given up")
+    retry_count: int = _knob(
+        6, 0, 7, "retries", doc="transmissions repeated before the connection is given up"
+    )
     port: int | None = field(
         default=None, metadata={"unit": "port number", "doc": "port of the device; None: the first that fits"}
     )
@@ -99,7 +109,9 @@ class Config:
         metadata={"unit": "index", "doc": "GID of the port; None: chosen by the bootstrap socket's address"},
     )
     service_level: int = _knob(0, 0, 15, "SL", doc="InfiniBand service level")
-    traffic_class: int = _knob(0, 0, 255, "", doc="GRH traffic class; RoCE v2: the IP header's DSCP and ECN bits")
+    traffic_class: int = _knob(
+        0, 0, 255, "", doc="GRH traffic class; RoCE v2: the IP header's DSCP and ECN bits"
+    )
     hop_limit: int = _knob(64, 1, 255, "hops", doc="GRH hop limit; RoCE v2: the IP header's TTL")
 
     # --- bootstrap and lifetime ----------------------------------------------------------------------
@@ -107,7 +119,11 @@ class Config:
         5.0, 0.01, 600, "s", doc="server: a client that has not finished its handshake by then is dropped"
     )
     max_handshakes: int = _knob(
-        256, 1, 65_536, "connections", doc="server: handshakes under way at a time; further clients wait in TCP"
+        256,
+        1,
+        65_536,
+        "connections",
+        doc="server: handshakes under way at a time; further clients wait in TCP",
     )
     max_connections: int = _knob(
         4096, 1, 1_000_000, "connections", doc="server: established at a time; further ones are refused"
@@ -125,7 +141,9 @@ class Config:
         if self.mode not in get_args(Mode):
             raise MisuseError(f"Config.mode={self.mode!r}: one of {', '.join(get_args(Mode))}")
         if self.huge_pages not in get_args(HugePages):
-            raise MisuseError(f"Config.huge_pages={self.huge_pages!r}: one of {', '.join(get_args(HugePages))}")
+            raise MisuseError(
+                f"Config.huge_pages={self.huge_pages!r}: one of {', '.join(get_args(HugePages))}"
+            )
         if self.mtu & (self.mtu - 1):
             raise MisuseError(f"Config.mtu={self.mtu}: one of 256, 512, 1024, 2048, 4096")
         if self.slab_size % 4096:

@@ -134,7 +134,9 @@ class CqReactor:
     have detached before.
     """
 
-    def __init__(self, context: Context, *, inline_spin_us: float = 50.0, turn_spin_us: float = 200.0) -> None:
+    def __init__(
+        self, context: Context, *, inline_spin_us: float = 50.0, turn_spin_us: float = 200.0
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready: Any = getattr(self._loop, "_ready", None)  # asyncio's run queue; uvloop hides its own
         self._context = context

@@ -666,5 +666,3 @@ class ReceiveRing:
         """Gives the memory back; the queue pair is gone."""
         self.view.release()
         self._lease.release_nowait()
-
-

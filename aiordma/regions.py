@@ -47,7 +47,7 @@ def access_words(access: Access) -> list[str]:
 class SharedRegion:
     """A region of ours that the peer of one connection may use; ended by :meth:`revoke`."""
 
-    __slots__ = ("access", "bound", "connection", "lease", "name", "region", "window")
+    __slots__ = ("access", "announced", "bound", "connection", "lease", "name", "region", "window")
 
     def __init__(
         self, connection: Connection, name: str, access: Access, region: MemoryRegion, lease: Lease
@@ -59,6 +59,7 @@ class SharedRegion:
         self.window: MemoryWindow | None = None
         self.lease = lease
         self.bound = False  # the window's binding was posted
+        self.announced = False  # the peer was told
 
     @property
     def rkey(self) -> int:
@@ -128,7 +129,9 @@ class RemoteRegion:
         start = self._bound(part.start, 0)
         stop = self._bound(part.stop, self.length)
         if start > stop:
-            raise RemoteBoundsError(f"slice [{start}:{stop}] of remote region {self.name!r} ends before it starts")
+            raise RemoteBoundsError(
+                f"slice [{start}:{stop}] of remote region {self.name!r} ends before it starts"
+            )
         return RemoteRegion(self.grant, self.offset + start, stop - start)
 
     def _bound(self, value: int | None, default: int) -> int:

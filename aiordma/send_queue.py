@@ -80,6 +80,7 @@ class Operation(SpinningFuture):
         "in_flight",
         "into",
         "kind",
+        "landing",
         "nbytes",
         "offset",
         "opcode",
@@ -103,6 +104,7 @@ class Operation(SpinningFuture):
         self.started_ns = 0
         self.data: Any = None  # what staging copies from
         self.pinned: Pinned | None = None  # large data: in place
+        self.landing: bytearray | None = None  # where a large read() lands before it becomes bytes
         self.into = False  # a read whose result is the byte count: the data is where the caller wants it
         self.credit = False
         self.remote_address = 0
@@ -121,7 +123,7 @@ class Operation(SpinningFuture):
 
     def release(self) -> None:
         """The device is done with the memory, or never got it."""
-        self.data = None
+        self.data = self.landing = None
         if self.pinned is not None:
             self.pinned.release()
             self.pinned = None
@@ -424,7 +426,7 @@ class SendQueue:
         if opcode == _READ:
             if operation.into:
                 return operation.nbytes
-            return bytes(operation.pinned._view if operation.pinned else slot.view[: operation.nbytes])
+            return bytes(operation.landing or slot.view[: operation.nbytes])
         if opcode in _ATOMICS:
             # The card has put the old value there in the order of this machine.
             return slot.view[:8].cast("Q")[0]

@@ -252,6 +252,9 @@ class Connection:
         """The bootstrap is done: the connection may be used, and ``session`` watches over it."""
         self._session = session
         self._state = "open"
+        if self._error is not None:  # it broke while the bootstrap was still talking
+            error, self._error = self._error, None
+            self._end(error, keep=True)
 
     # --- messages ------------------------------------------------------------------------------------
 
@@ -367,7 +370,8 @@ class Connection:
         operation = self._operation("read", _READ, nbytes)
         self._aim(operation, remote)
         if nbytes > self._sends.stage_size:
-            operation.pinned = self._adapter.pool.pin(bytearray(nbytes), writable=True)
+            operation.landing = bytearray(nbytes)
+            operation.pinned = self._adapter.pool.pin(operation.landing, writable=True)
         return operation
 
     def read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
@@ -490,6 +494,7 @@ class Connection:
             await self._end_share(shared)
             raise
         if self._session is not None and self._state == "open":
+            shared.announced = True
             self._session.send_share(name, lease.address, lease.nbytes, shared.rkey, access_words(rights))
 
     def _register_shared(self, name: str, lease: Lease, rights: Access) -> SharedRegion:
@@ -512,9 +517,7 @@ class Connection:
         assert window is not None
 
         def post(wr_id: int) -> None:
-            self._qp.post_bind(
-                wr_id, window, shared.region, lease.address, lease.nbytes, shared.access
-            )
+            self._qp.post_bind(wr_id, window, shared.region, lease.address, lease.nbytes, shared.access)
             shared.bound = True
 
         await self._special("bind", post)
@@ -530,7 +533,8 @@ class Connection:
             await self._end_share(shared)
 
     async def _end_share(self, shared: SharedRegion) -> None:
-        if self._session is not None and self._state == "open":
+        if shared.announced and self._session is not None and self._state == "open":
+            shared.announced = False
             self._session.send_unshare(shared.name)
         if shared.window is not None and shared.bound and self._state == "open":
             rkey = shared.window.rkey
@@ -891,9 +895,7 @@ class Batch:
 
     def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
         """As :meth:`Connection.fetch_add`."""
-        return self._add(
-            self._connection._atomic("fetch_add", _FETCH_ADD, remote, _word("value", value), 0)
-        )
+        return self._add(self._connection._atomic("fetch_add", _FETCH_ADD, remote, _word("value", value), 0))
 
     def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
         """As :meth:`Connection.compare_swap`."""

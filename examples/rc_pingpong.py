@@ -168,7 +168,7 @@ class PingPong:
             self.post_send()
 
     def check_message(self, length: int) -> None:
-        """Compares what came with what the peer sends, and wipes it: the next message must be seen to come."""
+        """Compares what came with what the peer sends, and wipes it, to see the next one come."""
         size = self.options.size
         if length != size or self.received_data != bytes([FILL]) * size:
             raise ConnectionError(f"message {self.received} is not what the peer sends")

@@ -60,7 +60,12 @@ class CreditLedger:
     )
 
     def __init__(
-        self, *, window: int, peer_window: int, control: int = CONTROL_WINDOW, peer_control: int = CONTROL_WINDOW
+        self,
+        *,
+        window: int,
+        peer_window: int,
+        control: int = CONTROL_WINDOW,
+        peer_control: int = CONTROL_WINDOW,
     ) -> None:
         if min(window, peer_window, control, peer_control) < 1:
             raise MisuseError("every window is at least 1 frame")

@@ -126,7 +126,9 @@ def open_device(name: str | None = None) -> Context:
         if name is None or device.name == name:
             return device.open()
     have = ", ".join(d.name for d in found) or "none"
-    raise DeviceError(f"no RDMA device {name or 'at all'} on this machine (there are: {have}); see: aiordma doctor")
+    raise DeviceError(
+        f"no RDMA device {name or 'at all'} on this machine (there are: {have}); see: aiordma doctor"
+    )
 
 
 def _keep(owner: Any, pointer: Any) -> Any:
@@ -194,7 +196,9 @@ class Context(Owner):
         """The present state of a port (numbered from 1)."""
         self.check_open()
         raw = ffi.new("struct ibv_port_attr *")
-        check(lib.glue_query_port(self.provider.table, self._handle, number, raw), f"ibv_query_port({number})")
+        check(
+            lib.glue_query_port(self.provider.table, self._handle, number, raw), f"ibv_query_port({number})"
+        )
         return PortAttributes(
             port=number,
             state=PortState(raw.state),
@@ -269,9 +273,7 @@ def _device_attributes(raw: Any) -> DeviceAttributes:
         max_read_depth=raw.max_qp_rd_atom,
         max_read_depth_initiator=raw.max_qp_init_rd_atom,
         atomics=raw.atomic_cap != lib.IBV_ATOMIC_NONE,
-        memory_windows=bool(
-            flags & (lib.IBV_DEVICE_MEM_WINDOW_TYPE_2A | lib.IBV_DEVICE_MEM_WINDOW_TYPE_2B)
-        ),
+        memory_windows=bool(flags & (lib.IBV_DEVICE_MEM_WINDOW_TYPE_2A | lib.IBV_DEVICE_MEM_WINDOW_TYPE_2B)),
     )
 
 

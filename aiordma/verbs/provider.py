@@ -56,4 +56,6 @@ def provider(path: str = DEFAULT_LIBRARY) -> Provider:
 def check(rc: int, call: str, hint: str = "") -> None:
     """Turns a positive errno from the native layer into a :class:`DeviceError` that names the call."""
     if rc:
-        raise DeviceError(f"{call} failed: {errno_text(rc)}{'; ' + hint if hint else ''}", errno=rc, call=call)
+        raise DeviceError(
+            f"{call} failed: {errno_text(rc)}{'; ' + hint if hint else ''}", errno=rc, call=call
+        )

@@ -302,7 +302,13 @@ class QueuePair(Owner):
         return posted[0], rc
 
     def post_bind(
-        self, wr_id: int, window: MemoryWindow, region: MemoryRegion, address: int, length: int, access: Access
+        self,
+        wr_id: int,
+        window: MemoryWindow,
+        region: MemoryRegion,
+        address: int,
+        length: int,
+        access: Access,
     ) -> int:
         """Posts the binding of a free type-2 window over part of ``region``; returns the window's new key,
         which is valid from the completion on. Raises :class:`DeviceError`."""

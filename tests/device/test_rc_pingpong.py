@@ -72,7 +72,7 @@ class Bench:
 
 
 def wait_until_listening(process: subprocess.Popen[str], port: int) -> None:
-    """Looks into /proc/net/tcp, for the C program serves one connection only and a trial would be that one."""
+    """Looks into /proc/net/tcp: the C program serves one connection only, and a trial would be that one."""
     deadline = time.monotonic() + DEADLINE
     while not _listening(port):
         assert time.monotonic() < deadline, "the server does not listen"
@@ -95,7 +95,7 @@ def _listening(port: int) -> bool:
 
 
 def c_program() -> str:
-    """The C program; without it there is nothing to compare with, which only a required rxe makes a failure."""
+    """The C program; without it there is nothing to compare with, a failure only where rxe is required."""
     found = shutil.which("ibv_rc_pingpong")
     if found is None:
         reason = "ibv_rc_pingpong is not installed (Debian: ibverbs-utils)"
