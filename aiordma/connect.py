@@ -26,7 +26,7 @@ import socket
 import ssl as ssl_module
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from . import errors
 from ._version import __version__
@@ -88,15 +88,15 @@ class _Channel(asyncio.Protocol):
     # --- asyncio.Protocol ----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        sock = transport.get_extra_info("socket")
-        self.local = _address(transport.get_extra_info("sockname"))
-        self.remote = _address(transport.get_extra_info("peername"))
-        self.peer = _peer_text(transport.get_extra_info("peername"))
+        # uvloop's transports do not derive from asyncio.Transport; they only behave like it.
+        self.transport = cast(asyncio.Transport, transport)
+        sock = self.transport.get_extra_info("socket")
+        self.local = _address(self.transport.get_extra_info("sockname"))
+        self.remote = _address(self.transport.get_extra_info("peername"))
+        self.peer = _peer_text(self.transport.get_extra_info("peername"))
         if sock is not None:
             _tune_socket(sock, self.config.keepalive)
-        transport.set_write_buffer_limits(high=_SESSION_BACKLOG)
+        self.transport.set_write_buffer_limits(high=_SESSION_BACKLOG)
 
     def data_received(self, data: bytes) -> None:
         if self.session is None:

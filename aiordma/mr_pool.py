@@ -396,7 +396,11 @@ class MemoryPool:
     def register(self, buffer: object) -> Pinned:
         """As :meth:`pin`, for good: registers a writable buffer now and keeps it until ``release()``, so that
         operations on it (or on parts of it) find it registered. It cannot be resized or closed meanwhile."""
-        return self.pin(buffer, writable=True)
+        pinned = self.pin(buffer, writable=True)
+        if pinned._entry is not None:
+            self._cache.explicit.append(pinned._entry)
+            pinned._explicit = True
+        return pinned
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -404,6 +408,7 @@ class MemoryPool:
         """A snapshot; sizes in bytes."""
         self._reap_zombies()
         cache = self._cache
+        cache.bury()
         return PoolStatistics(
             limit=self._limit,
             registered=self._registered,
@@ -462,7 +467,7 @@ def _pages(nbytes: int) -> int:
 class Pinned:
     """A user's buffer, held and registered while an operation uses it."""
 
-    __slots__ = ("_entry", "_view", "address", "lkey", "nbytes")
+    __slots__ = ("_entry", "_explicit", "_view", "address", "lkey", "nbytes")
 
     def __init__(self, address: int, nbytes: int, lkey: int, view: Any, entry: CacheEntry | None) -> None:
         self.address = address
@@ -470,6 +475,7 @@ class Pinned:
         self.lkey = lkey
         self._view = view
         self._entry = entry
+        self._explicit = False
 
     def release(self) -> None:
         """The operation is done: the buffer may move again. Idempotent."""
@@ -478,6 +484,8 @@ class Pinned:
         view, entry = self._view, self._entry
         self._view = self._entry = None
         if entry is not None:
+            if self._explicit:
+                entry.cache.explicit.remove(entry)
             entry.release()
         ffi.release(view)
 
@@ -521,23 +529,23 @@ class RegistrationCache:
         self._idle: OrderedDict[tuple[int, int, bool], CacheEntry] = OrderedDict()
         # Filled by weakref callbacks, which may run in any thread and inside any call; emptied at the next use.
         self._dead: deque[CacheEntry] = deque()
+        self.explicit: list[CacheEntry] = []  # what MemoryPool.register() keeps; few
         self.idle_bytes = 0
         self.hits = 0
         self.misses = 0
 
     def __len__(self) -> int:
-        self._bury()
         return len(self._idle)
 
     def acquire(self, buffer: object, address: int, nbytes: int, *, writable: bool) -> CacheEntry:
         """The entry for a buffer that the caller holds exported, registered if need be, used once more."""
-        self._bury()
+        self.bury()
         key = (address, nbytes, writable)
-        entry = self._entries.get(key)
+        entry = self._covering(address, nbytes, writable)
         if entry is not None:
             self.hits += 1
             if entry.uses == 0:
-                del self._idle[key]
+                del self._idle[entry.key]
                 self.idle_bytes -= nbytes
             entry.uses += 1
             return entry
@@ -551,6 +559,15 @@ class RegistrationCache:
         self._entries[key] = entry
         return entry
 
+    def _covering(self, address: int, nbytes: int, writable: bool) -> CacheEntry | None:
+        """A registration that will do: what is writable can be read as well."""
+        for entry in self.explicit:
+            start, length, _ = entry.key
+            if start <= address and address + nbytes <= start + length:
+                return entry
+        found = self._entries.get((address, nbytes, True))
+        return found if found is not None or writable else self._entries.get((address, nbytes, False))
+
     def _register(self, address: int, nbytes: int, access: Access) -> MemoryRegion:
         try:
             return MemoryRegion(self._pd, address, nbytes, access)
@@ -561,7 +578,7 @@ class RegistrationCache:
             return MemoryRegion(self._pd, address, nbytes, access)
 
     def _unused(self, entry: CacheEntry) -> None:
-        self._bury()
+        self.bury()
         if self._entries.get(entry.key) is not entry:
             return
         if entry.watch is None or entry.watch() is None or entry.key[1] > self._limit:
@@ -577,7 +594,7 @@ class RegistrationCache:
             self.idle_bytes -= entry.key[1]
             self._forget(entry)
 
-    def _bury(self) -> None:
+    def bury(self) -> None:
         """Deregisters the idle entries whose owner died."""
         while self._dead:
             entry = self._dead.popleft()

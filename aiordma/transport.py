@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -850,7 +850,7 @@ class Allocation:
             raise connection._derive("allocate")
         return (await connection._adapter.pool.acquire(self._nbytes)).zero()
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, Lease]:
         return self._acquire().__await__()
 
     async def __aenter__(self) -> Lease:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .._version import __version__
 from ..errors import RdmaError
 
 #: The subcommands, in the order of the help text.
@@ -41,19 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def version() -> str:
-    """The version of the installed package."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("aiordma")
-    except metadata.PackageNotFoundError:
-        return "unknown (run from a source tree)"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aiordma", description="RDMA for asyncio.")
-    parser.add_argument("--version", action="version", version=f"aiordma {version()}")
+    parser.add_argument("--version", action="version", version=f"aiordma {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)

@@ -1,0 +1,51 @@
+# Everything sets itself up: tools/setup.py installs what is missing, and is quick when nothing is.
+# ARGS= is passed on:  make test ARGS="-k credit -x"    make bench ARGS=--help
+
+PYTHON3 ?= python3
+ARGS ?=
+
+PY := .venv/bin/python
+RXE := $(PY) -m tools.rxe run --
+
+# The virtual machine is slow at compiling: byte code must be written. (Python takes empty for unset.)
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help demo test lint sanitize bench setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      a first look: two peers on a soft-RoCE device"
+	@echo "make test      the test suite: without a device here, then with soft-RoCE [ARGS=\"pytest arguments\"]"
+	@echo "make lint      ruff, mypy --strict, the C code with -Werror"
+	@echo "make sanitize  the tests with the C code under ASan and UBSan [ARGS=\"pytest arguments\"]"
+	@echo "make bench     benchmarks on a soft-RoCE device [ARGS=\"benchmarks.core arguments\"]"
+	@echo "make setup     only what the others do first: packages, .venv, extension"
+	@echo "make clean     removes everything built, and .venv"
+
+demo:
+	@$(PYTHON3) tools/setup.py --for demo
+	@$(RXE) $(PY) examples/demo.py $(ARGS)
+
+test:
+	@$(PYTHON3) tools/setup.py --for test
+	@$(PY) -m tools.suite test $(ARGS)
+
+lint:
+	@$(PYTHON3) tools/setup.py --for lint
+	@$(PY) -m tools.suite lint
+
+sanitize:
+	@$(PYTHON3) tools/setup.py --for test
+	@$(PY) -m tools.suite sanitize $(ARGS)
+
+bench:
+	@$(PYTHON3) tools/setup.py --for bench
+	@$(RXE) $(PY) -m benchmarks.core $(ARGS)
+
+setup:
+	@$(PYTHON3) tools/setup.py --for lint
+
+clean:
+	rm -rf build build-* dist .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f aiordma/_native/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements beside C, pyverbs and TCP, on one device and in one run: `python -m benchmarks.core`."""

@@ -1,0 +1,85 @@
+"""What a benchmark ran on: a figure means nothing without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def _cpuinfo() -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def is_emulated() -> bool:
+    """The processor itself is emulated: QEMU without virtualization."""
+    return "TCG" in _cpuinfo().get("model name", "")
+
+
+def kind_of_machine() -> str:
+    """Bare metal, virtual, or emulated."""
+    fields = _cpuinfo()
+    if is_emulated():
+        kind = "virtual machine with an EMULATED processor (QEMU TCG): compare within this run only"
+    elif "hypervisor" in fields.get("flags", ""):
+        kind = "virtual machine"
+    else:
+        kind = "no hypervisor seen"
+    return kind + (", started by tools.rxe" if os.environ.get("AIORDMA_RXE_GUEST") else "")
+
+
+def describe() -> dict[str, str]:
+    """Processor, cores, kernel, kind."""
+    return {
+        "processor": _cpuinfo().get("model name", platform.machine()),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "machine": kind_of_machine(),
+    }
+
+
+def libibverbs_version() -> str:
+    """The file behind libibverbs.so.1, whose name ends in rdma-core's version."""
+    ldconfig = shutil.which("ldconfig") or "/sbin/ldconfig"
+    try:
+        listing = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    paths = [
+        line.split("=>")[-1].strip() for line in listing.stdout.splitlines() if "libibverbs.so.1 " in line
+    ]
+    return Path(paths[0]).resolve().name if paths else "unknown"
+
+
+def devices() -> list[str]:
+    """The RDMA devices that the kernel shows."""
+    folder = Path("/sys/class/infiniband")
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def choose_gid(device: str) -> tuple[int, str]:
+    """Index and address of port 1's first IPv4 GID, RoCE v2 before v1.
+
+    Raises LookupError when there is none. (An InfiniBand port needs IPoIB's address given by hand.)
+    """
+    port = Path("/sys/class/infiniband", device, "ports/1")
+    found: list[tuple[bool, int, str]] = []
+    for entry in (port / "gids").iterdir() if port.is_dir() else ():
+        try:
+            gid = entry.read_text().strip()
+            kind = (port / "gid_attrs/types" / entry.name).read_text().strip()
+        except OSError:
+            continue  # an empty row of the table
+        if gid.startswith("0000:0000:0000:0000:0000:ffff:"):
+            octets = bytes.fromhex(gid[-9:].replace(":", ""))
+            found.append((kind != "RoCE v2", int(entry.name), ".".join(map(str, octets))))
+    if not found:
+        raise LookupError(f"port 1 of {device} has no GID with an IPv4 address")
+    _, index, address = min(found)
+    return index, address

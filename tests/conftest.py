@@ -1,0 +1,103 @@
+"""What every test gets: both event loops, a device or a reason, and a check that nothing leaks.
+
+Tests marked `device` need an RDMA device. Without one they are skipped with that reason, unless
+AIORDMA_REQUIRE names a device (CI sets AIORDMA_REQUIRE=rxe): then its absence is a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import uvloop
+
+
+def debug_loop() -> asyncio.AbstractEventLoop:
+    """asyncio's own loop, in debug mode: wrong threads and forgotten awaits are reported."""
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 30.0  # an emulated machine is slow; that is no finding
+    return loop
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Every asynchronous test runs on both loops."""
+    return {"asyncio": debug_loop, "uvloop": uvloop.new_event_loop}
+
+
+# libuv opens a pipe for signals at the first loop of a process and keeps it: not a leak of the first test.
+uvloop.new_event_loop().close()
+
+
+def missing_device() -> str | None:
+    """Why there is no device here, or None when there is one."""
+    from aiordma import devices
+    from aiordma.errors import DeviceError
+
+    try:
+        names = [device.name for device in devices()]
+    except DeviceError as error:
+        return str(error)
+    wanted = os.environ.get("AIORDMA_DEVICE")
+    if wanted and wanted not in names:
+        return f"AIORDMA_DEVICE={wanted} is not among {names}"
+    return None if names else "no RDMA device on this machine"
+
+
+def required_devices() -> list[str]:
+    return [name for name in os.environ.get("AIORDMA_REQUIRE", "").split(",") if name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("device") for item in items):
+        return
+    reason = missing_device()
+    if reason is not None and not required_devices():
+        skip = pytest.mark.skip(reason=reason)
+        for item in items:
+            if item.get_closest_marker("device"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def device_or_failure(request: pytest.FixtureRequest) -> None:
+    """A required device that is missing fails every test that needs it."""
+    if request.node.get_closest_marker("device") and required_devices():
+        reason = missing_device()
+        if reason is not None:
+            pytest.fail(f"a device is required (AIORDMA_REQUIRE): {reason}")
+
+
+def open_fds() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_descriptors() -> Iterator[None]:
+    """Device contexts, channels and sockets are descriptors; a closed context has given back all it owned."""
+    before = open_fds()
+    yield
+    gc.collect()
+    leaked = {fd: target for fd, target in open_fds().items() if fd not in before}
+    assert not leaked, f"descriptors left open: {leaked}"
+
+
+@pytest.fixture
+async def no_leaked_tasks() -> AsyncIterator[None]:
+    """Asked for by the device suite: a test ends with the tasks it began with, and holds no device."""
+    from aiordma.adapter import _adapters
+
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not left, f"tasks left running: {left}"
+    assert not _adapters.get(asyncio.get_running_loop()), "a device was left open"
