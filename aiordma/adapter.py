@@ -89,7 +89,10 @@ def open_route(device: str | None, local: Address | None, remote: Address | None
             if wanted
             else "no RDMA device on this machine; `python -m aiordma doctor` says how to get one"
         )
-    interfaces = interface_addresses()
+    try:
+        interfaces = interface_addresses()
+    except OSError:
+        interfaces = {}  # netlink is forbidden in some sandboxes; exact addresses still match
     reasons: list[str] = []
     for candidate in candidates:
         try:

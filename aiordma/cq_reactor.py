@@ -158,7 +158,8 @@ class CqReactor:
         self._last_hit_ns = 0
         self._turn_spent_ns = 0
         self._turn_marked = False
-        self._dispatching = False
+        self._spinning = False
+        self.dispatching = False  # completions that were polled are being handed out
         self.closed = False
         self._started_ns = _now_ns()
         self._completions = self._stale = self._polls = self._empty_polls = 0
@@ -249,6 +250,7 @@ class CqReactor:
             self._empty_polls += 1
             return 0
         entries, generations = self._entries, self._generations
+        self.dispatching = True
         for wr_id, status, opcode, byte_len, imm, _qp_num, vendor_err, _flags in completions:
             slot = wr_id & _SLOT_MASK
             entry = entries[slot] if slot < len(entries) else None
@@ -262,12 +264,16 @@ class CqReactor:
                 self._loop.call_exception_handler(
                     {"message": "completion handler failed (please report this)", "exception": error}
                 )
+        self.dispatching = False
         self._completions += len(completions)
         self._last_hit_ns = _now_ns()
         return len(completions)
 
     def poll_now(self) -> int:
-        """Hands out everything that has completed by now, on every queue; returns how many."""
+        """Hands out everything that has completed by now, on every queue; returns how many.
+
+        Not while ``dispatching``: what was polled before would come after what is polled now.
+        """
         total = 0
         for queue in self._queues:
             while count := self._dispatch(queue):
@@ -352,7 +358,7 @@ class CqReactor:
         ``governor`` sets the time and learns from the outcome (adaptive); None: it is the cap (busy). Not
         reentrant: an await inside a completion callback does not spin.
         """
-        if self._dispatching or self.closed or self._turn_spent_ns >= _TURN_BUDGET_NS or self._others_ready():
+        if self._spinning or self.closed or self._turn_spent_ns >= _TURN_BUDGET_NS or self._others_ready():
             return
         budget = self._inline_cap_ns
         if governor is not None:
@@ -361,14 +367,14 @@ class CqReactor:
         if not budget:
             return
         self._mark_turn()
-        self._dispatching = True
+        self._spinning = True
         start = now = _now_ns()
         try:
             while not waitable.done() and now - start < budget:
                 self._dispatch(queue, budget - (now - start))
                 now = _now_ns()
         finally:
-            self._dispatching = False
+            self._spinning = False
         found = waitable.done()
         self._inline_spins += 1
         self._inline_hits += found

@@ -51,7 +51,8 @@ from .protocol.rpc import (
 from .send_queue import Operation
 from .transport import Connection
 
-Method = Callable[[bytes], Awaitable[bytes]]
+Bytes = bytes | bytearray | memoryview
+Method = Callable[[bytes], Awaitable[Bytes]]
 
 
 class RpcError(RdmaError):
@@ -274,7 +275,7 @@ class RpcClient:
         self.close()
         await self.wait_closed()
 
-    async def call(self, method: str, payload: bytes = b"", *, timeout: float | None = None) -> bytes:
+    async def call(self, method: str, payload: Bytes = b"", *, timeout: float | None = None) -> bytes:
         """Calls a method of the peer with a payload (bytes-like, may be empty) and returns its reply.
 
         ``timeout`` in seconds covers everything, waiting for a credit included; None is for ever.
@@ -295,7 +296,7 @@ class RpcClient:
                 raise  # the device's timeout, not ours
             raise TimeoutError(f"call of {method!r} not answered within {timeout} s") from None
 
-    def _payload(self, method: str, payload: bytes) -> bytes:
+    def _payload(self, method: str, payload: Bytes) -> bytes:
         limit = self._connection.eager_size - call_overhead(method)
         try:
             data = bytes(memoryview(payload))

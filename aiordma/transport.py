@@ -692,9 +692,18 @@ class Connection:
         self._error = error
         if self._state == "preparing":
             return  # the bootstrap sees the error and calls abort()
+        self._state = "closing"
+        if self._adapter.reactor.dispatching:
+            # The completions polled together with the one that ended us may hold messages: they come first.
+            self._loop.call_soon(self._shut, keep)
+        else:
+            self._shut(keep)
+
+    def _shut(self, keep: bool) -> None:
+        """The rest of :meth:`_end`: fails who waits, and starts the teardown."""
+        error = self._error
         if keep:
             self._adapter.reactor.poll_now()
-        self._state = "closing"
         try:
             self._qp.to_error()
         except DeviceError:

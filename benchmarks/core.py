@@ -3,9 +3,9 @@
     python -m benchmarks.core            python -m tools.rxe run -- python -m benchmarks.core
 
 Two processes on one machine talk over one device. Everything is measured in the same run, in alternated
-rounds (A B C ..., A B C ...). Each round gives the median of operations done one after the other; the table shows
-the median of the round medians and their range. Processes and queues are made before the clock starts; what is
-timed runs from the end of one operation to the end of the next.
+rounds (A B C ..., A B C ...). Each round gives the median of operations done one after the other; the table
+shows the median of the round medians and their range. Processes and queues are made before the clock starts;
+what is timed runs from the end of one operation to the end of the next.
 
 Rows: C is verbs_lat.c, which does what the await does (one signaled request, its own completion). perftest
 measures writes and sends as half of a ping-pong, so its figures stand apart, as a check on the order of
@@ -118,8 +118,9 @@ def contenders() -> list[Contender]:
         found += aiordma_contenders(loop)
         found += naive_contenders("aiordma.verbs", loop, loop)
         found.append(Contender(f"TCP streams ({loop})", loop, {"kind": "tcp"}))
-    busy = {"kind": "naive", "binding": "pyverbs", "wait": "busy"}
-    found.append(Contender(naive_name("pyverbs", "busy", ""), "pyverbs", busy))
+    for binding, worker in (("aiordma.verbs", "asyncio"), ("pyverbs", "pyverbs")):
+        busy = {"kind": "naive", "binding": binding, "wait": "busy"}
+        found.append(Contender(naive_name(binding, "busy", ""), worker, busy))
     return found + naive_contenders("pyverbs", "asyncio", "pyverbs")
 
 

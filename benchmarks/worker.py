@@ -2,9 +2,8 @@
 
 Commands and answers are lines of JSON on stdin and stdout. {"role": "server", "kind": ...} starts a session,
 answers {"port": ...} and then {"done": true} when its client has gone; {"role": "client", "port": ...}
-answers {"samples": {operation: [minimum, median, p99]}} in ns. Between sessions the process sleeps in a read: a
-busy loop that is not being measured would disturb those that are. Each session has its own event loop and
-connection.
+answers {"samples": {operation: [minimum, median, p99]}} in ns. Between sessions the process sleeps in a read:
+a busy loop that is not being measured would disturb those that are. Each session has its own event loop.
 
 Runs under the system's Python as well, for pyverbs: aiordma is imported by the sessions that need it.
 """

@@ -52,9 +52,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("role", choices=["server", "client"])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, or to connect to")
-    parser.add_argument(
-        "--port", type=int, default=0, help="TCP port of the bootstrap; server: 0 is a free one"
-    )
+    parser.add_argument("--port", type=int, default=0, help="TCP port; server: 0 is a free one")
     parser.add_argument("--mode", default="adaptive", choices=["event", "adaptive", "busy"])
     parser.add_argument("--token", help="a secret both sides know")
     parser.add_argument("--count", type=int, default=1000, help="client: number of messages")

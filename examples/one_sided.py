@@ -1,4 +1,4 @@
-"""One-sided operations: the client works in the server's memory, and the server's program does not run for it.
+"""One-sided operations: the client works in the server's memory, without the server's program.
 
     python examples/one_sided.py server
     python examples/one_sided.py client --port PORT
@@ -42,8 +42,8 @@ class Memory:
 async def server(args: argparse.Namespace, config: aiordma.Config) -> None:
     """Serves until interrupted."""
     memory = Memory()
-    options = {"config": config, "token": args.token}
-    async with aiordma.serve(memory.handler, args.host, args.port, **options) as listening:
+    handler = memory.handler
+    async with aiordma.serve(handler, args.host, args.port, config=config, token=args.token) as listening:
         print(listening.port, flush=True)
         try:
             await asyncio.Event().wait()
@@ -63,7 +63,7 @@ async def locked(connection: aiordma.Connection, name: int, log: list[str]) -> N
     """Takes the lock (a word that holds its owner's name), works, and gives it back."""
     lock = (await connection.remote("words"))[8:16]
     while await connection.compare_swap(lock, UNLOCKED, name) != UNLOCKED:
-        await asyncio.sleep(0)  # somebody else has it
+        pass  # somebody else has it
     log.append(f"{name} in")
     await connection.read(lock)  # something that takes its time
     log.append(f"{name} out")
@@ -98,9 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("role", choices=["server", "client"])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, or to connect to")
-    parser.add_argument(
-        "--port", type=int, default=0, help="TCP port of the bootstrap; server: 0 is a free one"
-    )
+    parser.add_argument("--port", type=int, default=0, help="TCP port; server: 0 is a free one")
     parser.add_argument("--mode", default="adaptive", choices=["event", "adaptive", "busy"])
     parser.add_argument("--token", help="a secret both sides know")
     parser.add_argument("--clients", type=int, default=3, help="client: number of connections")

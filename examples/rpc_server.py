@@ -57,7 +57,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="TCP port of the bootstrap; 0 is a free one")
+    parser.add_argument("--port", type=int, default=0, help="TCP port; 0 is a free one")
     parser.add_argument("--mode", default="adaptive", choices=["event", "adaptive", "busy"])
     parser.add_argument("--token", help="a secret both sides know")
     with contextlib.suppress(KeyboardInterrupt):

@@ -43,7 +43,12 @@ OLDEST = (3, 11)
 NEWER_PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11")
 
 #: The optional dependencies of pyproject.toml that each purpose needs.
-EXTRAS: dict[str, tuple[str, ...]] = {"demo": ("uvloop",), "test": ("test",), "bench": ("test",), "lint": ("test", "lint")}
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "demo": ("uvloop",),
+    "test": ("test",),
+    "bench": ("test",),
+    "lint": ("test", "lint"),
+}
 
 #: For readers without apt-get.
 ELSEWHERE = (
@@ -57,7 +62,9 @@ class SetupError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make the checkout ready: system packages, .venv, extension.")
+    parser = argparse.ArgumentParser(
+        description="Make the checkout ready: system packages, .venv, extension."
+    )
     parser.add_argument("--for", dest="purpose", choices=sorted(EXTRAS), default="test")
     options = parser.parse_args(arguments)
     try:
@@ -198,7 +205,9 @@ def compiler_found() -> bool:
 def python_package(pattern: str, what: str) -> str:
     """Debian's package for its own interpreter; any other one must be whole as it is."""
     if Path(sys.base_prefix) != Path("/usr"):
-        raise SetupError(f"{base_python()} lacks {what}: install it anew, or put another Python first in PATH")
+        raise SetupError(
+            f"{base_python()} lacks {what}: install it anew, or put another Python first in PATH"
+        )
     return pattern.format(VERSION)
 
 
@@ -284,8 +293,8 @@ def build(name: str, *options: str) -> Path:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != configuration:
         say(f"configuring {name}/ (meson)")
         shutil.rmtree(directory, ignore_errors=True)
-        argv = [VENV / "bin" / "meson", "setup", directory, *options]
-        call_or_fail(argv, "configuring the C extension", env)
+        meson = VENV / "bin" / "meson"
+        call_or_fail([meson, "setup", directory, *options], "configuring the C extension", env)
         stamp.write_text(configuration, encoding="utf-8")
     call_or_fail([VENV / "bin" / "ninja", "-C", directory], "compiling the C extension", env)
     return directory

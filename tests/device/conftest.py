@@ -37,14 +37,21 @@ class MakePair(Protocol):
 
 
 class Acceptor:
-    """A handler that hands its connections to the test and keeps them until they close."""
+    """A handler that hands its connections to the test and keeps them until they close.
 
-    def __init__(self) -> None:
+    With ``hold``, until the test is over: a handler that ends drops what was not received.
+    """
+
+    def __init__(self, hold: bool) -> None:
         self.accepted: asyncio.Queue[Connection] = asyncio.Queue()
+        self.over = asyncio.Event()
+        self.hold = hold
 
     async def __call__(self, connection: Connection) -> None:
         self.accepted.put_nowait(connection)
         await connection.wait_closed()
+        if self.hold:
+            await self.over.wait()
 
 
 @pytest.fixture
@@ -52,10 +59,14 @@ async def listen(no_leaked_tasks: None) -> AsyncIterator[Callable[..., Awaitable
     """Starts servers that are closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(config: Config | None = None, **kwargs: Any) -> tuple[Server, Acceptor]:
-            acceptor = Acceptor()
+        async def start(
+            config: Config | None = None, *, hold: bool = False, **kwargs: Any
+        ) -> tuple[Server, Acceptor]:
+            acceptor = Acceptor(hold)
             server = aiordma.serve(acceptor, "127.0.0.1", 0, config=config, **kwargs)
-            return await stack.enter_async_context(server), acceptor
+            await stack.enter_async_context(server)
+            stack.callback(acceptor.over.set)
+            return server, acceptor
 
         yield start
 
@@ -68,7 +79,7 @@ async def pair(listen: Callable[..., Awaitable[tuple[Server, Acceptor]]]) -> Asy
         async def make(
             config: Config | None = None, server_config: Config | None = None, **kwargs: Any
         ) -> Pair:
-            server, acceptor = await listen(server_config or config, **kwargs)
+            server, acceptor = await listen(server_config or config, hold=True, **kwargs)
             client = await aiordma.connect("127.0.0.1", server.port, config=config, **kwargs)
             await stack.enter_async_context(client)
             accepted = await acceptor.accepted.get()
