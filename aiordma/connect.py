@@ -113,7 +113,7 @@ class _Channel(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         if self.connection is not None:
-            self.connection.session_failed(ProtocolError("the peer does not read its TCP connection"))
+            self.connection.fail(ProtocolError("the peer does not read its TCP connection"))
 
     def handshake_data(self, data: bytes) -> None:
         """Bytes of the peer before the handshake is over."""
@@ -159,7 +159,7 @@ class _Channel(asyncio.Protocol):
             for message in self.session.receive_data(data):
                 self._session_message(self.connection, message)
         except ProtocolError as error:
-            self.connection.session_failed(error)
+            self.connection.fail(error)
 
     @staticmethod
     def _session_message(connection: Connection, message: SessionMessage) -> None:
@@ -609,8 +609,9 @@ class Server:
         try:
             await self.handler(connection)
         except errors.ConnectionLostError as error:
-            if error.peer != connection.peer:
-                self._report(connection, error)  # it lost some other connection, and did not see to it
+            # The end of its own connection is no news; another's that it did not see to is, and so is a breach.
+            if error.peer != connection.peer or isinstance(error, ProtocolError):
+                self._report(connection, error)
         except Exception as error:
             self._report(connection, error)
         finally:

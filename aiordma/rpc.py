@@ -155,7 +155,7 @@ class _Serving:
             frame = decode(message)
             self._ledger.received(frame)
         except ProtocolError as error:
-            self._connection.session_failed(error)  # closes, and tells the client why
+            self._connection.fail(error)  # closes, and tells the client why
             raise
         if isinstance(frame, CallFrame):
             await self._call(frame)
@@ -347,7 +347,7 @@ class RpcClient:
                 self._received(await self._connection.recv())
         except ProtocolError as error:
             if not self._connection.is_closing():
-                self._connection.session_failed(error)
+                self._connection.fail(error)
             self._connection_ended()
         except ConnectionLostError:
             self._connection_ended()
@@ -364,7 +364,7 @@ class RpcClient:
 
     def _connection_ended(self) -> None:
         """Each pending call gets an exception of its own, of the type the connection ended with."""
-        self._fail_all(lambda method: self._connection._derive(f"call of {method!r}"))
+        self._fail_all(lambda method: self._connection.lost_error(f"call of {method!r}"))
 
     def _fail_all(self, make_error: Callable[[str], Exception]) -> None:
         waiting, self._waiting = self._waiting, {}

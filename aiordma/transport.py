@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import secrets
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -301,20 +301,18 @@ class Connection:
         inbox = self._receives.messages
         if not inbox.ready:
             if self._error is not None:
-                raise self._derive("recv")
+                raise self.lost_error("recv")
             await inbox.wait()
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._messages()
-
-    async def _messages(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> Self:
         """Messages until the connection is closed in order; a lost connection raises."""
-        while True:
-            try:
-                message = await self.recv()
-            except ConnectionClosedError:
-                return
-            yield message
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await self.recv()
+        except ConnectionClosedError:
+            raise StopAsyncIteration from None
 
     async def notified(self) -> int:
         """The value of the next notification (``write(..., notify=value)`` at the peer), in order.
@@ -325,7 +323,7 @@ class Connection:
         inbox = self._receives.notifications
         if not inbox.ready:
             if self._error is not None:
-                raise self._derive("notified")
+                raise self.lost_error("notified")
             await inbox.wait()
         return self._receives.take_notification()
 
@@ -434,7 +432,7 @@ class Connection:
     def _operation(self, kind: str, opcode: int, nbytes: int) -> Operation:
         self._check_loop()
         if self._state != "open":
-            raise self._derive(kind)
+            raise self.lost_error(kind)
         return Operation(self._sends, kind, opcode, nbytes)
 
     @staticmethod
@@ -479,7 +477,7 @@ class Connection:
         rights = parse_access(access)
         self._check_loop()
         if self._state != "open":
-            raise self._derive("share")
+            raise self.lost_error("share")
         if not isinstance(lease, Lease) or lease.released:
             raise MisuseError("share() takes a lease from allocate() that was not released")
         if not (isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable()):
@@ -559,7 +557,7 @@ class Connection:
         self._check_loop()
         while (grant := self._grants.get(name)) is None:
             if self._state != "open":
-                raise self._derive("remote")
+                raise self.lost_error("remote")
             waiter: asyncio.Future[None] = self._loop.create_future()
             waiters = self._grant_waiters.setdefault(name, [])
             waiters.append(waiter)
@@ -608,8 +606,9 @@ class Connection:
             keep=True,
         )
 
-    def session_failed(self, error: RdmaError) -> None:
-        """The peer broke the session's protocol."""
+    def fail(self, error: RdmaError) -> None:
+        """Ends the connection because of ``error``: every waiter and the peer are told. For protocols built on
+        top, when the peer breaks theirs."""
         self._fail_with(error)
 
     # --- failure -------------------------------------------------------------------------------------
@@ -662,7 +661,7 @@ class Connection:
     def _lost(self, cls: type[ConnectionLostError], reason: str) -> ConnectionLostError:
         return cls(f"connection to {self._peer}: {reason}", peer=self._peer, qp_num=self.qp_num)
 
-    def _derive(self, kind: str) -> RdmaError:
+    def lost_error(self, kind: str) -> RdmaError:
         """The exception for an operation that the end of the connection took down."""
         root = self._error
         if root is None:
@@ -709,12 +708,12 @@ class Connection:
         except DeviceError:
             pass  # a dead device refuses; the queue pair is destroyed all the same
         self._receives.stop(keep=keep)
-        self._sends.fail_all(self._derive)
-        self._receives.fail_all(self._derive)
+        self._sends.fail_all(self.lost_error)
+        self._receives.fail_all(self.lost_error)
         for waiters in list(self._grant_waiters.values()):
             for waiter in waiters:
                 if not waiter.done():
-                    waiter.set_exception(self._derive("remote"))
+                    waiter.set_exception(self.lost_error("remote"))
         for grant in self._grants.values():
             grant.revoked = True
         if self._session is not None:
@@ -856,7 +855,7 @@ class Allocation:
     async def _acquire(self) -> Lease:
         connection = self._connection
         if connection._state != "open":
-            raise connection._derive("allocate")
+            raise connection.lost_error("allocate")
         return (await connection._adapter.pool.acquire(self._nbytes)).zero()
 
     def __await__(self) -> Generator[Any, None, Lease]:
@@ -925,7 +924,7 @@ class Batch:
         if connection._state != "open":
             for operation in operations:
                 operation.cancel()
-            raise connection._derive("batch")
+            raise connection.lost_error("batch")
         connection._sends.submit_many(operations)
         results = await asyncio.gather(*operations, return_exceptions=True)
         for result in results:

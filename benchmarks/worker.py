@@ -260,6 +260,7 @@ def prepare(loop: str, binding: str) -> dict[str, str]:
     versions = {"python": platform.python_version()}
     if binding == "pyverbs":
         importlib.import_module("benchmarks.binding_pyverbs")
+        versions = {"pyverbs's python": platform.python_version()}
     else:
         versions["aiordma"] = importlib.import_module("aiordma").__version__
     if loop == "uvloop":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from aiordma.mr_pool import ALIGNMENT, size_class
 from hypothesis import given
 from hypothesis import strategies as st
+
+from aiordma.mr_pool import ALIGNMENT, size_class
 
 
 @given(st.integers(1, 1 << 40))

@@ -1,8 +1,8 @@
-"""What ``make test``, ``make lint`` and ``make sanitize`` run, once tools/setup.py has made the checkout ready.
+"""What ``make test``, ``make lint`` and ``make sanitize`` run, once tools/setup.py has made all ready.
 
-*test*: the tests that need no device run on this machine, those marked ``device`` through tools.rxe.  Each part
-is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE names a device of this machine,
-the device tests run here, on it.
+*test*: the tests that need no device run on this machine, those marked ``device`` through tools.rxe.  Each
+part is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE names a device of this
+machine, the device tests run here, on it.
 
 *sanitize*: the same with the C code built under ASan and UBSan, put beside links to the Python files as a
 package of its own (``build-asan/site``).  Of the device tests only those that exercise the C code most run:
@@ -174,17 +174,12 @@ def total(outcomes: Sequence[Outcome], seconds: float) -> int:
 
 def lint() -> int:
     """Every check, even after one failed."""
-    bin_ = VENV / "bin"
-    checks = {
-        "ruff check": [bin_ / "ruff", "check", "."],
-        "ruff format": [bin_ / "ruff", "format", "--check", "."],
-        "mypy": [bin_ / "mypy"],
-    }
     failed = []
-    for name, argv in checks.items():
-        say(name)
-        if subprocess.run(argv, check=False).returncode:
-            failed.append(name)
+    for command in ("ruff check .", "ruff format --check .", "mypy"):
+        say(command)
+        program, *arguments = command.split()
+        if subprocess.run([str(VENV / "bin" / program), *arguments], check=False).returncode:
+            failed.append(command)
     say("C code with -Wall -Wextra -Werror")
     try:
         build("build-werror", "-Dwerror=true", "-Dwarning_level=2")
@@ -248,7 +243,7 @@ def make_site() -> None:
 def check_c_programs() -> None:
     say("the C test programs, with leak detection")
     environment = {**tool_environment(), "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "halt_on_error=1"}
-    argv = [VENV / "bin" / "meson", "test", "-C", ASAN, "--print-errorlogs"]
+    argv = [str(VENV / "bin" / "meson"), "test", "-C", str(ASAN), "--print-errorlogs"]
     result = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SetupError(f"the C test programs failed:\n{result.stdout[-6000:]}{result.stderr[-2000:]}")

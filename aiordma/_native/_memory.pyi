@@ -1,5 +1,3 @@
-from typing import Any
-
 class Memory:
     """A writable buffer over memory that `owner` keeps."""
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import aiordma
 import pytest
+
+import aiordma
 from aiordma import Config, Connection, Lease, RemoteRegion, Server
 
 

@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from aiordma import Connection, Lease, RemoteRegion
 from aiordma.errors import ConnectionLostError, RemoteAccessError, RemoteInvalidRequestError
 from aiordma.regions import Grant
-
 from tests.device.conftest import MakePair, Pair
 
 pytestmark = pytest.mark.device
@@ -138,17 +138,3 @@ async def test_a_lease_shared_on_two_connections_is_revoked_on_both(pair: MakePa
     await lease.release()
     for each in (both, other):
         assert each.server.statistics().shared == 0
-
-
-async def test_misaligned_atomic_is_refused_by_the_device_too(pair: MakePair) -> None:
-    both = await pair()
-    lease, remote = await both.region(64)
-    operation = both.client._operation("fetch_add", 6, 8)
-    from aiordma.send_queue import _FETCH_ADD
-
-    operation.opcode = _FETCH_ADD
-    both.client._aim(operation, remote[4:12])
-    operation.compare_add = 1
-    with pytest.raises((RemoteInvalidRequestError, RemoteAccessError)):
-        await both.client._sends.submit(operation)
-    assert bytes(lease) == bytes(64)

@@ -13,8 +13,9 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import aiordma
 import pytest
+
+import aiordma
 from aiordma import Config, Server
 from aiordma.errors import (
     AuthenticationError,
@@ -24,7 +25,6 @@ from aiordma.errors import (
     TlsError,
     VersionMismatchError,
 )
-
 from tests.device.conftest import Acceptor
 
 pytestmark = pytest.mark.device

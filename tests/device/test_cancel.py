@@ -7,9 +7,9 @@ import random
 from typing import Any
 
 import pytest
+
 from aiordma import Config
 from aiordma.errors import RdmaError
-
 from tests.device.conftest import MakePair
 
 pytestmark = pytest.mark.device

@@ -9,8 +9,9 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import aiordma
 import pytest
+
+import aiordma
 from aiordma import Config, Connection, Server
 from aiordma.errors import (
     ConnectionClosedError,
@@ -20,7 +21,6 @@ from aiordma.errors import (
     RetryExceededError,
 )
 from aiordma.verbs import QpState
-
 from tests.device.conftest import Acceptor, MakePair
 
 pytestmark = pytest.mark.device

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import aiordma
 import pytest
-from aiordma import Config, Connection, Server
 
+import aiordma
+from aiordma import Config, Connection, Server
 from tests.device.conftest import Acceptor, MakePair, rnr_counters
 
 pytestmark = pytest.mark.device

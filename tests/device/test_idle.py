@@ -6,8 +6,8 @@ import asyncio
 import time
 
 import pytest
-from aiordma import Config
 
+from aiordma import Config
 from tests.device.conftest import MakePair
 
 pytestmark = pytest.mark.device

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import aiordma
 import pytest
-from aiordma import Config, Server
 
+import aiordma
+from aiordma import Config, Server
 from tests.conftest import open_fds
 from tests.device.conftest import Acceptor
 

@@ -8,9 +8,9 @@ import mmap
 
 import numpy as np
 import pytest
+
 from aiordma import Config
 from aiordma.errors import MessageTooLargeError, MisuseError, RemoteBoundsError
-
 from tests.device.conftest import MakePair
 
 pytestmark = pytest.mark.device

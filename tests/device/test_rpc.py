@@ -275,7 +275,7 @@ async def test_a_broken_connection_fails_every_pending_call(side: str) -> None:
         for _ in calls:
             await gate.entered.acquire()
         broken = connection if side == "client" else ends[0]
-        broken.session_failed(ConnectionLostError("broken on purpose"))
+        broken.fail(ConnectionLostError("broken on purpose"))
         errors = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(error, ConnectionLostError) for error in errors)
         assert len({id(error) for error in errors}) == len(errors)

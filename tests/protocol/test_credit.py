@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from aiordma.errors import MisuseError, ProtocolError
-from aiordma.protocol.credit import CONTROL_WINDOW, CreditLedger
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from aiordma.errors import MisuseError, ProtocolError
+from aiordma.protocol.credit import CONTROL_WINDOW, CreditLedger
 
 # What travels: ("data" | "notify" | "control", data limit, control limit).
 Frame = tuple[str, int, int]
