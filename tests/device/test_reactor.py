@@ -1,0 +1,95 @@
+"""No lost wakeup, no slot lost, and other tasks get their turns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from aiordma import Config, Connection
+from tests.device.conftest import MakePair
+
+pytestmark = pytest.mark.device
+
+
+@pytest.mark.parametrize("mode", ["event", "adaptive"])
+async def test_no_lost_wakeup(pair: MakePair, mode: str) -> None:
+    """Thousands of sleeps and wakeups at every alignment of drain, arm and arrival: one lost, and it hangs."""
+    random.seed(11)
+    both = await pair(Config(mode=mode, receive_credits=8, send_depth=8))  # type: ignore[arg-type]
+
+    async def echo(end: Connection) -> None:
+        async for message in end:
+            for _ in range(random.randrange(3)):
+                await asyncio.sleep(0)
+            await end.send(message)
+
+    echoing = asyncio.ensure_future(echo(both.server))
+    for _ in range(500):
+        burst = random.choice([1, 1, 1, 2, 7])
+        sends = [both.client.send(b"%d" % j) for j in range(burst)]
+        for j in range(burst):
+            assert await both.client.recv() == b"%d" % j
+        await asyncio.gather(*sends)
+        for _ in range(random.randrange(3)):
+            await asyncio.sleep(0)
+    stats = both.client.statistics()
+    assert stats.send_slots_used == 0
+    assert stats.reactor.stale_completions == 0
+    if mode == "event":
+        assert stats.reactor.wakeups > 100, "it did sleep in between"
+        assert stats.reactor.inline_spins == stats.reactor.turns == 0
+    both.client.close()
+    await echoing
+
+
+@pytest.mark.parametrize("mode", ["busy", "adaptive"])
+async def test_other_tasks_get_their_turns(pair: MakePair, mode: str) -> None:
+    """A task whose awaits all complete inside the call still lets others run."""
+    both = await pair(Config(mode=mode, inline_spin_us=1000))  # type: ignore[arg-type]
+    _, remote = await both.region(64)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.ensure_future(other())
+    for _ in range(200):
+        await both.client.write(b"x" * 64, remote)
+    assert turns > 10
+    task.cancel()
+    await asyncio.wait([task])
+    both.client.close()
+    both.server.close()
+    await both.client.wait_closed()
+    await both.server.wait_closed()
+
+
+async def test_inline_completion_is_counted(pair: MakePair) -> None:
+    both = await pair(Config(mode="busy", inline_spin_us=1000))
+    _, remote = await both.region(64)
+    before = both.client.statistics().reactor
+    for _ in range(50):
+        await both.client.write(b"x" * 64, remote)
+    after = both.client.statistics().reactor
+    assert after.inline_spins > before.inline_spins
+    assert after.inline_hits > before.inline_hits
+    assert after.spin_seconds > before.spin_seconds
+    both.client.close()
+    both.server.close()
+    await both.client.wait_closed()
+    await both.server.wait_closed()
+
+
+async def test_many_operations_in_one_turn_and_few_crossings(pair: MakePair) -> None:
+    both = await pair(Config(send_depth=64))
+    _, remote = await both.region(64)
+    before = both.client.statistics().reactor.polls
+    async with both.client.batch() as batch:
+        for _ in range(64):
+            batch.write(b"x", remote)
+    assert both.client.statistics().reactor.polls - before < 64
