@@ -99,10 +99,10 @@ class _Channel(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=_SESSION_BACKLOG)
 
     def data_received(self, data: bytes) -> None:
-        if self.session is None:
-            self.handshake_data(data)
-        else:
+        if self.session is not None:
             self.session_data(data)
+        elif self.transport is not None and not self.transport.is_closing():
+            self.handshake_data(data)  # TLS may hand over more after we have hung up
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -542,6 +542,7 @@ class Server:
         self._server: asyncio.Server | None = None
         self._route: Route | None = None
         self._closing = False
+        self._close_called = asyncio.Event()
         self._closed: asyncio.Future[None] | None = None
 
     async def _start(self) -> Self:
@@ -631,6 +632,7 @@ class Server:
         if self._closing or self._server is None:
             return
         self._closing = True
+        self._close_called.set()
         self._server.close()
         for channel in list(self._pending):
             channel.refuse(BootstrapError("the server is closing"))
@@ -638,12 +640,13 @@ class Server:
             connection.close()
 
     async def wait_closed(self) -> None:
-        """Waits until every connection has closed and its handler has ended.
+        """Waits until :meth:`close` was called, every connection has closed and its handler has ended.
 
         A handler that goes on for ``Config.close_timeout`` seconds after its connection closed is cancelled.
         """
         if self._server is None or self._closed is None:
             return
+        await self._close_called.wait()
         await self._end_handlers()
         await self._server.wait_closed()
         if self._route is not None:

@@ -21,8 +21,11 @@ Three modes, the strongest of those attached:
   without the GIL, for a bounded time, so that a fast completion needs no turn of the loop. Then on turns of the
   loop. Then it arms. How long, and whether at all, follows from measured completion times: SpinGovernor.
 
-Other tasks are not starved: inline spins share a budget per turn of the loop, and an await that finds the loop
-with other work ready polls once and goes through the loop.
+In every mode, awaiting an operation polls once before it goes to the loop: an operation may well have completed
+by then, and one poll costs less than a turn.
+
+Other tasks are not starved: inline spins share a budget per turn of the loop, only so many awaits in a row
+complete without a turn, and an await that finds the loop with other work ready goes through the loop.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ _now_ns = time.perf_counter_ns
 _TURN_LIMIT = 256
 #: Inline spinning and polling without a turn of the loop in between, altogether, in nanoseconds.
 _TURN_BUDGET_NS = 500_000
+#: Awaits that may complete without a turn of the loop in between.
+_TURN_AWAITS = 16
 #: Entries of a completion queue; another queue is made when they are all reserved.
 _CQ_ENTRIES = 4096
 
@@ -78,7 +83,7 @@ class ReactorStatistics:
     wakeups: int
     arms: int
     turns: int
-    inline_spins: int
+    inline_polls: int
     inline_hits: int
     spin_seconds: float
     spin_share: float
@@ -158,13 +163,15 @@ class CqReactor:
         self._last_hit_ns = 0
         self._turn_spent_ns = 0
         self._turn_marked = False
+        self._gone = False
+        self._stays = 0
         self._spinning = False
         self.dispatching = False  # completions that were polled are being handed out
         self.closed = False
         self._started_ns = _now_ns()
         self._completions = self._stale = self._polls = self._empty_polls = 0
         self._events = self._wakeups = self._arms = self._turns = 0
-        self._inline_spins = self._inline_hits = self._spin_ns = 0
+        self._inline_polls = self._inline_hits = self._spin_ns = 0
         self._loop.add_reader(self._channel.fd, self._on_channel)
         self._loop.add_reader(context.async_fd, self._on_async_events)
 
@@ -234,9 +241,8 @@ class CqReactor:
     def posted(self) -> None:
         """An operation somebody will wait for was posted: polling may pay."""
         self._waiting += 1
-        if self.mode == "adaptive" and not self._polling and self.governor.turns_ns():
-            self._last_hit_ns = _now_ns()
-            self._start_polling()
+        if self._waiting > 1 and self.mode == "adaptive":
+            self._keep_polling()  # a single one is polled for by its await
 
     def finished(self) -> None:
         """An operation counted by :meth:`posted` is out of the table."""
@@ -293,11 +299,14 @@ class CqReactor:
     def _on_channel(self) -> None:
         """The channel is readable: read every event, then drain and arm (or leave it to the polling)."""
         self._wakeups += 1
-        for queue in self._channel.get_events():
-            self._events += 1
-            self._armed.discard(queue)
-        if not self._polling:
-            self._drain_and_arm()
+        try:
+            for queue in self._channel.get_events():
+                self._events += 1
+                self._armed.discard(queue)
+            if not self._polling:
+                self._drain_and_arm()
+        except DeviceError as error:
+            self._device_gone(error)
 
     def _drain_and_arm(self) -> None:
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
@@ -311,6 +320,7 @@ class CqReactor:
                         break
                     budget -= count
                 if budget <= 0:
+                    self._queues.append(self._queues.pop(0))  # the next in line starts
                     self._loop.call_soon(self._resume)
                     return
         if self.mode == "adaptive" and budget < _TURN_LIMIT and self.governor.turns_ns():
@@ -318,9 +328,18 @@ class CqReactor:
 
     def _resume(self) -> None:
         if not self.closed and not self._polling:
-            self._drain_and_arm()
+            try:
+                self._drain_and_arm()
+            except DeviceError as error:
+                self._device_gone(error)
 
     # --- polling on turns of the loop ----------------------------------------------------------------
+
+    def _keep_polling(self) -> None:
+        """Adaptive: polls on turns of the loop from now on, while that is likely to find something."""
+        if not self._polling and self.governor.turns_ns():
+            self._last_hit_ns = _now_ns()
+            self._start_polling()
 
     def _start_polling(self) -> None:
         if not self._polling and not self.closed:
@@ -332,6 +351,13 @@ class CqReactor:
         if self.closed:
             self._polling = False
             return
+        try:
+            self._poll_turn()
+        except DeviceError as error:
+            self._polling = False
+            self._device_gone(error)
+
+    def _poll_turn(self) -> None:
         self._turns += 1
         before = _now_ns()
         budget = _TURN_LIMIT
@@ -340,6 +366,8 @@ class CqReactor:
                 budget -= count
                 if count < queue.batch:
                     break
+        if budget <= 0:
+            self._queues.append(self._queues.pop(0))  # the next in line starts
         now = _now_ns()
         self._spin_ns += now - before
         if self.mode == "busy" or (
@@ -352,46 +380,66 @@ class CqReactor:
 
     # --- spinning inside the awaiting call -----------------------------------------------------------
 
-    def spin(self, waitable: Waitable, queue: CompletionQueue, governor: SpinGovernor | None) -> None:
-        """Polls ``queue`` inside an await until ``waitable`` is done or the time is up.
+    def spin(
+        self,
+        waitable: Waitable,
+        queue: CompletionQueue,
+        governor: SpinGovernor | None,
+        *,
+        once: bool = False,
+    ) -> None:
+        """Polls ``queue`` inside an await: once, and then until ``waitable`` is done or the time is up.
 
-        ``governor`` sets the time and learns from the outcome (adaptive); None: it is the cap (busy). Not
-        reentrant: an await inside a completion callback does not spin.
+        The first poll costs less than the turn of the loop it may save, so it is made in every mode. After it,
+        ``governor`` sets the time and learns from the outcome (adaptive), None is the cap (busy), ``once`` ends
+        there (event). Not reentrant: an await inside a completion callback does not poll.
         """
-        if self._spinning or self.closed or self._turn_spent_ns >= _TURN_BUDGET_NS or self._others_ready():
+        if self._spinning or self.dispatching or self.closed or not self._may_stay():
             return
+        self._spinning = True
+        try:
+            self._dispatch(queue)
+            if not waitable.done() and not once:
+                self._spin_on(waitable, queue, governor)
+        except DeviceError as error:
+            self._device_gone(error)
+        finally:
+            self._spinning = False
+        self._inline_polls += 1
+        self._inline_hits += waitable.done()
+        if governor is not None and not waitable.done() and self.mode == "adaptive":
+            self._keep_polling()
+
+    def _spin_on(self, waitable: Waitable, queue: CompletionQueue, governor: SpinGovernor | None) -> None:
+        """The part of :meth:`spin` that takes time."""
         budget = self._inline_cap_ns
         if governor is not None:
             # With several operations under way, the loop resolves them in batches: cheaper than one by one.
             budget = governor.inline_ns() if self._waiting <= 1 else 0
-        if not budget:
+        if not budget or self._turn_spent_ns >= _TURN_BUDGET_NS:
             return
-        self._mark_turn()
-        self._spinning = True
         start = now = _now_ns()
-        try:
-            while not waitable.done() and now - start < budget:
-                self._dispatch(queue, budget - (now - start))
-                now = _now_ns()
-        finally:
-            self._spinning = False
-        found = waitable.done()
-        self._inline_spins += 1
-        self._inline_hits += found
+        while not waitable.done() and now - start < budget:
+            self._dispatch(queue, budget - (now - start))
+            now = _now_ns()
         if governor is not None:
-            governor.hit(found)
+            governor.hit(waitable.done())
         self._turn_spent_ns += now - start
         self._spin_ns += now - start
+
+    def _may_stay(self) -> bool:
+        """True when this await may complete without a turn of the loop: not when others are waiting for one, and
+        only so many times in a row. (Whether others wait is known for asyncio's loop only.)"""
+        if not self._turn_marked:
+            self._turn_marked = True
+            self._loop.call_soon(self._renew_turn)
+            self._stays = 0
+        self._stays += 1
+        return self._stays <= _TURN_AWAITS and not self._others_ready()
 
     def _others_ready(self) -> bool:
         """True when the loop has other callbacks to run than our own (known for asyncio's loop only)."""
         return self._ready is not None and len(self._ready) > self._polling + self._turn_marked
-
-    def _mark_turn(self) -> None:
-        """Sees to it that the inline budget is renewed at the next turn of the loop."""
-        if not self._turn_marked:
-            self._turn_marked = True
-            self._loop.call_soon(self._renew_turn)
 
     def _renew_turn(self) -> None:
         self._turn_marked = False
@@ -426,8 +474,12 @@ class CqReactor:
                 callback(event)
 
     def _device_gone(self, error: DeviceError) -> None:
-        """The event descriptor itself fails: the device was pulled out."""
+        """A call that cannot fail on a working device failed: it was pulled out. Everyone is told, once."""
+        if self._gone:
+            return
+        self._gone = True
         self._loop.remove_reader(self._context.async_fd)
+        self._loop.remove_reader(self._channel.fd)
         self._loop.call_exception_handler(
             {
                 "message": f"device {self._context.name} is gone",
@@ -455,7 +507,7 @@ class CqReactor:
             wakeups=self._wakeups,
             arms=self._arms,
             turns=self._turns,
-            inline_spins=self._inline_spins,
+            inline_polls=self._inline_polls,
             inline_hits=self._inline_hits,
             spin_seconds=self._spin_ns / 1e9,
             spin_share=self._spin_ns / elapsed,

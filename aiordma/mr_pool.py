@@ -28,7 +28,7 @@ from typing import Any, Protocol, Self
 from ._native import ffi
 from ._native._memory import Memory
 from .config import Config
-from .errors import DeviceError, MemoryLimitError, MisuseError
+from .errors import DeviceError, MemoryLimitError, MisuseError, RdmaError
 from .verbs import Access, MemoryRegion, ProtectionDomain
 
 PAGE = mmap.PAGESIZE
@@ -148,6 +148,15 @@ class Lease(Memory):
         self._released = False
         self._users: list[Revocable] = []
 
+    def _last_view_gone(self) -> None:
+        """Called by the buffer type, in whatever thread, when no view of a released lease is left."""
+        pool = self._pool
+        if not pool._closed and pool._waiters:
+            try:
+                pool._loop.call_soon_threadsafe(pool.serve_waiters)
+            except RuntimeError:
+                pass  # the loop is closed: nobody waits any more
+
     @property
     def lkey(self) -> int:
         """Local key of the registration it lies in."""
@@ -211,6 +220,7 @@ class MemoryPool:
 
     def __init__(self, pd: ProtectionDomain, config: Config | None = None) -> None:
         config = config or Config()
+        self._loop = asyncio.get_running_loop()
         self._pd = pd
         self._limit = config.pool_limit
         self._slab_size = config.slab_size
@@ -266,6 +276,7 @@ class MemoryPool:
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
                 future.result().release_nowait()
+            self.serve_waiters()  # who stood behind may fit
             raise
 
     def _fits_ever(self, nbytes: int) -> bool:
@@ -330,11 +341,13 @@ class MemoryPool:
     # --- taking back ---------------------------------------------------------------------------------
 
     def _give_back(self, lease: Lease) -> None:
+        if self._closed:
+            return
         if lease.exports:
             self._zombies.append(lease)
         else:
             self._reclaim(lease)
-        self._serve_waiters()
+        self.serve_waiters()
 
     def _reap_zombies(self) -> None:
         if self._zombies:
@@ -355,14 +368,15 @@ class MemoryPool:
             self._partial.setdefault(slab.chunk, []).append(slab)
         slab.free.append(lease.address)
 
-    def _serve_waiters(self) -> None:
+    def serve_waiters(self) -> None:
+        """Memory may have come back: serves those who wait for it, in turn."""
         while self._waiters and not self._closed:
             future, nbytes = self._waiters[0]
             if not future.done():
                 try:
                     lease = self.acquire_nowait(nbytes)
-                except MemoryLimitError as error:
-                    if error.limit == self._limit:
+                except (RdmaError, OSError) as error:
+                    if isinstance(error, MemoryLimitError) and error.limit == self._limit:
                         return  # in turn: who waits behind for less does not overtake
                     future.set_exception(error)
                 else:
@@ -390,7 +404,11 @@ class MemoryPool:
         lkey = self.find(address, nbytes)
         if lkey is not None:
             return Pinned(address, nbytes, lkey, view, None)
-        entry = self._cache.acquire(buffer, address, nbytes, writable=writable)
+        try:
+            entry = self._cache.acquire(buffer, address, nbytes, writable=writable)
+        except BaseException:
+            ffi.release(view)
+            raise
         return Pinned(address, nbytes, entry.region.lkey, view, entry)
 
     def register(self, buffer: object) -> Pinned:
@@ -436,16 +454,22 @@ class MemoryPool:
                 future.set_exception(MisuseError("the memory pool was closed"))
         self._waiters.clear()
         self._cache.close()
-        in_use = {id(lease._slab) for lease in self._zombies if lease.exports}
-        for slab in self._slabs:
-            if id(slab) in in_use:
-                slab.region.close()  # the zombie's view keeps the mapping alive; it goes with the view
-            else:
-                slab.close()
-        self._slabs.clear()
+        self._reap_zombies()
+        slabs, self._slabs = self._slabs, []
+        first: DeviceError | None = None
+        for slab in slabs:
+            try:
+                if slab.idle:
+                    slab.close()
+                else:
+                    slab.region.close()  # leases own the mapping: it goes with the last of them
+            except DeviceError as error:
+                first = first or error
         self._partial.clear()
         self._by_address.clear()
         self._registered = 0
+        if first is not None:
+            raise first
 
 
 def export(buffer: object, *, writable: bool) -> Any:
@@ -637,11 +661,11 @@ def _immovable_owner(buffer: object) -> object | None:
 class ReceiveRing:
     """The receive buffers of one queue pair: equal buffers in one lease, and how many of them are posted.
 
-    ``post`` posts work requests given as (wr_id, address, length, lkey); the wr_id comes from ``wr_id``, called
-    with the index of the buffer.
+    ``post`` posts work requests given as (wr_id, address, length, lkey), ``post_one`` a single one given as
+    arguments; the wr_id comes from ``wr_id``, called with the index of the buffer.
     """
 
-    __slots__ = ("_lease", "_post", "_wr_id", "count", "posted", "size", "view")
+    __slots__ = ("_lease", "_post", "_post_one", "_wr_id", "count", "posted", "size", "view")
 
     def __init__(
         self,
@@ -651,18 +675,26 @@ class ReceiveRing:
         *,
         wr_id: Callable[[int], int],
         post: Callable[[list[tuple[int, int, int, int]]], None],
+        post_one: Callable[[int, int, int, int], None],
     ) -> None:
         if lease.nbytes < count * size:
             raise MisuseError(f"{count} buffers of {size} bytes do not fit {lease.nbytes}")
         self._lease = lease
         self._wr_id = wr_id
         self._post = post
+        self._post_one = post_one
         self.count = count
         self.size = size
         self.posted = 0
         self.view = memoryview(lease)
 
-    def post(self, indices: range | list[int]) -> None:
+    def post_one(self, index: int) -> None:
+        """Posts one buffer. Raises :class:`DeviceError` when the device refuses."""
+        size, lease = self.size, self._lease
+        self._post_one(self._wr_id(index), lease.address + index * size, size, lease.lkey)
+        self.posted += 1
+
+    def post(self, indices: range) -> None:
         """Posts these buffers, in one crossing. Raises :class:`DeviceError` when the device refuses."""
         base, size, lkey = self._lease.address, self.size, self._lease.lkey
         self._post([(self._wr_id(index), base + index * size, size, lkey) for index in indices])

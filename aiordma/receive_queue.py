@@ -137,7 +137,9 @@ class ReceiveQueue:
         self._window = window
         count = window + control
         self._slots = [ReceiveSlot(self, index) for index in range(count)]
-        self.ring = ReceiveRing(lease, count, size, wr_id=self._enter, post=qp.post_recv)
+        self.ring = ReceiveRing(
+            lease, count, size, wr_id=self._enter, post=qp.post_recv, post_one=qp.post_recv_one
+        )
         loop = asyncio.get_running_loop()
         self.messages: Inbox[tuple[int, int] | bytes] = Inbox(loop, spin, governor)
         self.notifications: Inbox[int] = Inbox(loop, spin, governor)
@@ -178,7 +180,7 @@ class ReceiveQueue:
             raise ProtocolError("the peer sent before the connection was established")
         if opcode == _RECV_WITH_IMM:
             ledger.receive_data()
-            self.ring.post([index])
+            self.ring.post_one(index)
             self.notifications.put(imm)
             return
         if byte_len < HEADER_SIZE:
@@ -194,7 +196,7 @@ class ReceiveQueue:
             self.messages.put((index, length))
         else:
             ledger.receive_control()
-            self.ring.post([index])
+            self.ring.post_one(index)
             more = ledger.learn(data, control)
         if more:
             self._sends.pump()
@@ -238,7 +240,7 @@ class ReceiveQueue:
         if self.closed:
             return
         try:
-            self.ring.post([index])
+            self.ring.post_one(index)
         except DeviceError as error:
             self._broken(error)
             return

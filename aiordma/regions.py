@@ -11,6 +11,7 @@ connection of the protection domain, so it is unpredictable only as far as the d
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,18 @@ def access_words(access: Access) -> list[str]:
 class SharedRegion:
     """A region of ours that the peer of one connection may use; ended by :meth:`revoke`."""
 
-    __slots__ = ("access", "announced", "bound", "connection", "lease", "name", "region", "window")
+    __slots__ = (
+        "access",
+        "announced",
+        "bound",
+        "connection",
+        "ended",
+        "ending",
+        "lease",
+        "name",
+        "region",
+        "window",
+    )
 
     def __init__(
         self, connection: Connection, name: str, access: Access, region: MemoryRegion, lease: Lease
@@ -60,6 +72,8 @@ class SharedRegion:
         self.lease = lease
         self.bound = False  # the window's binding was posted
         self.announced = False  # the peer was told
+        self.ended = False  # unshare() was called
+        self.ending: asyncio.Future[None] | None = None  # the revocation of the window's key
 
     @property
     def rkey(self) -> int:
@@ -89,7 +103,7 @@ class Grant:
     address: int
     length: int
     rkey: int
-    access: Access
+    rights: int  # REMOTE_* flags of Access
     revoked: bool = False
 
 
@@ -118,7 +132,7 @@ class RemoteRegion:
     @property
     def access(self) -> str:
         """The rights the peer gave, as share() takes them."""
-        return "|".join(access_words(self.grant.access))
+        return "|".join(access_words(Access(self.grant.rights)))
 
     def __len__(self) -> int:
         return self.length
@@ -144,19 +158,29 @@ class RemoteRegion:
             )
         return index
 
-    def check(self, connection: Any, nbytes: int, access: Access, what: str) -> None:
-        """Raises :class:`MisuseError` when ``what`` cannot be done here: found before anything is sent."""
+    def check(self, connection: Any, nbytes: int, right: int, what: str) -> None:
+        """Raises :class:`MisuseError` when ``what`` cannot be done here: found before anything is sent.
+
+        ``right`` is one of the REMOTE_* flags of :class:`Access`, as an integer: flag arithmetic on enumerations
+        costs as much as posting does.
+        """
         grant = self.grant
+        if (
+            grant.connection is connection
+            and nbytes <= self.length
+            and grant.rights & right
+            and not grant.revoked
+        ):
+            return
         if grant.connection is not connection:
             raise MisuseError(f"{what}: remote region {self.name!r} belongs to another connection")
         if nbytes > self.length:
             raise RemoteBoundsError(
                 f"{what} of {nbytes} bytes does not fit remote region {self.name!r} of {self.length} bytes"
             )
-        if access not in grant.access:
-            raise MisuseError(
-                f"{what}: the peer shared {self.name!r} for {self.access or 'nothing'}, not for "
-                f"{'|'.join(access_words(access))}"
-            )
         if grant.revoked:
             raise MisuseError(f"{what}: the peer has revoked {self.name!r}")
+        raise MisuseError(
+            f"{what}: the peer shared {self.name!r} for {self.access or 'nothing'}, not for "
+            f"{'|'.join(access_words(Access(right)))}"
+        )

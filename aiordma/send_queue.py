@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from .cq_reactor import CqReactor, SpinGovernor
@@ -71,27 +71,22 @@ class Operation(SpinningFuture):
     its memory stays with the device until it has.
     """
 
-    __slots__ = (
-        "address",
-        "compare_add",
-        "credit",
-        "data",
-        "imm",
-        "in_flight",
-        "into",
-        "kind",
-        "landing",
-        "nbytes",
-        "offset",
-        "opcode",
-        "pinned",
-        "post",
-        "queue",
-        "remote_address",
-        "rkey",
-        "started_ns",
-        "swap",
-    )
+    # Defaults on the class: most operations change few of them, and making one is on the hot path.
+    offset = 0  # bytes posted so far
+    in_flight = 0  # work requests the device has
+    counted = False  # the reactor knows of it
+    started_ns = 0  # when it was posted; only where the governor learns from it
+    data: Any = None  # what staging copies from
+    pinned: Pinned | None = None  # large data: in place
+    landing: bytearray | None = None  # where a large read() lands before it becomes bytes
+    into = False  # a read whose result is the byte count: the data is where the caller wants it
+    credit = False
+    remote_address = 0
+    rkey = 0
+    imm = 0
+    compare_add = 0
+    swap = 0
+    post: Callable[[int], None] | None = None  # bind and invalidate have work requests of their own
 
     def __init__(self, queue: SendQueue, kind: str, opcode: int, nbytes: int = 0) -> None:
         super().__init__(queue.loop, queue.spin)
@@ -99,20 +94,6 @@ class Operation(SpinningFuture):
         self.kind = kind
         self.opcode = opcode
         self.nbytes = nbytes
-        self.offset = 0  # bytes posted so far
-        self.in_flight = 0  # work requests the device has
-        self.started_ns = 0
-        self.data: Any = None  # what staging copies from
-        self.pinned: Pinned | None = None  # large data: in place
-        self.landing: bytearray | None = None  # where a large read() lands before it becomes bytes
-        self.into = False  # a read whose result is the byte count: the data is where the caller wants it
-        self.credit = False
-        self.remote_address = 0
-        self.rkey = 0
-        self.imm = 0
-        self.compare_add = 0
-        self.swap = 0
-        self.post: Callable[[int], None] | None = None  # bind and invalidate have work requests of their own
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Abandons the wait; see the class."""
@@ -178,7 +159,8 @@ class SendQueue:
         broken: Callable[[DeviceError], None],
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.spin: Callable[[SpinningFuture], None] | None = self._spin if spins else None
+        self.spin: Callable[[SpinningFuture], None] = self._spin
+        self._spins = spins
         self._reactor = reactor
         self._cq = cq
         self._qp = qp
@@ -204,6 +186,7 @@ class SendQueue:
         self._credit_queue: deque[Operation] = deque()
         self._slot_queue: deque[Operation] = deque()
         self.closed = False
+        self.refused: DeviceError | None = None  # a request the device did not take
         self.posted = 0  # work requests the device has
         self.on_idle: Callable[[], None] | None = None
         self.sent = 0
@@ -220,22 +203,42 @@ class SendQueue:
         return self._depth - len(self._free)
 
     def _spin(self, future: SpinningFuture) -> None:
-        self._reactor.spin(future, self._cq, self._governor)
+        self._reactor.spin(future, self._cq, self._governor, once=not self._spins)
 
     # --- in ------------------------------------------------------------------------------------------
 
     def submit(self, operation: Operation) -> Operation:
-        """Posts the operation now if both windows are open and nobody waits before it; else it waits in turn."""
-        if operation.credit:
-            self._credit_queue.append(operation)
-        else:
-            self._slot_queue.append(operation)
+        """Posts the operation now if both windows are open and nobody waits before it; else it waits in turn.
+
+        After :meth:`fail_all`, or when the device has refused a request, it fails at once.
+        """
+        if self.refused is not None:
+            operation.release()
+            operation.fail(self.refused)
+            return operation
+        if self._free and not self._slot_queue and not self.closed and self._takes_short_way(operation):
+            self._post((self._stage(operation, self._free.pop()),))
+            return operation
+        (self._credit_queue if operation.credit else self._slot_queue).append(operation)
         self.pump()
         return operation
+
+    def _takes_short_way(self, operation: Operation) -> bool:
+        """One work request, which nothing holds up: pump() would do the same, with more steps."""
+        if operation.post is not None or operation.nbytes > self.max_message:
+            return False
+        if operation.credit:
+            ledger = self.ledger
+            if self._credit_queue or ledger is None or ledger.data_credits <= self._reserved:
+                return False
+            self._reserved += 1
+        return True
 
     def submit_many(self, operations: list[Operation]) -> None:
         """The same for several, with one doorbell for as many as fit."""
         for operation in operations:
+            if operation.done():  # cancelled in the meantime: its memory is gone
+                continue
             (self._credit_queue if operation.credit else self._slot_queue).append(operation)
             self._promote()
         self.pump()
@@ -251,8 +254,7 @@ class SendQueue:
                 self._reserved -= 1
         if not operation.in_flight:
             self._end(operation)
-        if not self.closed:
-            self.pump()
+        self.pump()
 
     def _promote(self) -> None:
         """Moves operations that can have a credit on to the queue for slots."""
@@ -264,7 +266,7 @@ class SendQueue:
     def pump(self) -> None:
         """Posts what the windows allow, in order, with one call for all of it."""
         self._promote()
-        if not self._slot_queue or not self._free or self.closed:
+        if not self._slot_queue or not self._free or self.closed or self.refused is not None:
             return
         batch: list[PackedFields] = []
         while self._slot_queue and self._free:
@@ -272,6 +274,8 @@ class SendQueue:
             if operation.post is not None:
                 self._post(batch)
                 batch = []
+                if self.refused is not None or not self._free:
+                    return
                 self._slot_queue.popleft()
                 self._post_special(operation)
                 continue
@@ -338,15 +342,17 @@ class SendQueue:
         slot.operation = operation
         slot.wr_id = self._reactor.add(slot)
         operation.in_flight += 1
-        if not operation.started_ns:
-            operation.started_ns = _now_ns()
+        if not operation.counted:
+            operation.counted = True
+            if self._governor is not None:
+                operation.started_ns = _now_ns()
             self._reactor.posted()
         self.posted += 1
         return slot.wr_id
 
     # --- posting -------------------------------------------------------------------------------------
 
-    def _post(self, batch: list[PackedFields]) -> None:
+    def _post(self, batch: Sequence[PackedFields]) -> None:
         if not batch:
             return
         qp = self._qp
@@ -359,12 +365,18 @@ class SendQueue:
             done, rc = qp.post_send_many(b"".join([pack(*fields) for fields in batch]), len(batch))
         self.sent += done
         if rc:
-            refused = {fields[0] for fields in batch[done:]}
-            for slot in [slot for slot in self._slots if slot.operation and slot.wr_id in refused]:
+            self._refuse({fields[0] for fields in batch[done:]}, rc)
+
+    def _refuse(self, wr_ids: set[int], rc: int) -> None:
+        """The device did not take these requests: they fail, and nothing may be posted behind the gap."""
+        error = DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
+        self.refused = error
+        for slot in self._slots:
+            operation = slot.operation
+            if operation is not None and slot.wr_id in wr_ids:
+                operation.fail(error)
                 self._take_back(slot)
-            self._broken(
-                DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
-            )
+        self._broken(error)
 
     def _post_special(self, operation: Operation) -> None:
         assert operation.post is not None
@@ -399,8 +411,8 @@ class SendQueue:
     def _end(self, operation: Operation) -> None:
         """Nothing of the operation is with the device, and nothing more will be posted of it."""
         operation.release()
-        if operation.started_ns:
-            operation.started_ns = 0
+        if operation.counted:
+            operation.counted = False
             self._reactor.finished()
 
     # --- completions ---------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ _COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
 
 #: A piece of a large transfer never exceeds this, whatever the port allows: lengths in work requests are 32 bit.
 _MAX_PIECE = 1 << 30
+_RIGHT_READ = int(Access.REMOTE_READ)
+_RIGHT_WRITE = int(Access.REMOTE_WRITE)
+_RIGHT_ATOMIC = int(Access.REMOTE_ATOMIC)
 _U64 = 1 << 64
 
 State = Literal["preparing", "open", "closing", "closed"]
@@ -141,7 +144,12 @@ class Connection:
         sends, receives = config.send_depth + CONTROL_WINDOW, config.receive_credits + CONTROL_WINDOW
         send_lease = recv_lease = None
         self._entries = sends + receives
-        self._cq = reactor.attach(config.mode, self._entries)
+        try:
+            self._cq = reactor.attach(config.mode, self._entries)
+        except BaseException:
+            adapter.release()
+            self._state = "closed"
+            raise
         try:
             send_lease = await pool.acquire(sends * stage)
             recv_lease = await pool.acquire(receives * stage)
@@ -303,6 +311,8 @@ class Connection:
             if self._error is not None:
                 raise self.lost_error("recv")
             await inbox.wait()
+            if not inbox.items:  # closed on this side between the wake-up and our turn
+                raise self.lost_error("recv")
 
     def __aiter__(self) -> Self:
         """Messages until the connection is closed in order; a lost connection raises."""
@@ -325,6 +335,8 @@ class Connection:
             if self._error is not None:
                 raise self.lost_error("notified")
             await inbox.wait()
+            if not inbox.items:
+                raise self.lost_error("notified")
         return self._receives.take_notification()
 
     # --- one-sided operations ------------------------------------------------------------------------
@@ -344,7 +356,7 @@ class Connection:
     def _write(self, data: Any, remote: RemoteRegion, notify: int | None) -> Operation:
         view = _bytes_view(data)
         nbytes = view.nbytes
-        remote.check(self, nbytes, Access.REMOTE_WRITE, "write")
+        remote.check(self, nbytes, _RIGHT_WRITE, "write")
         if notify is not None and not 0 <= notify < 1 << 32:
             raise MisuseError(f"notify={notify}: 0 to {(1 << 32) - 1}")
         operation = self._operation("write", _WRITE if notify is None else _WRITE_IMM, nbytes)
@@ -364,7 +376,7 @@ class Connection:
 
     def _read(self, remote: RemoteRegion) -> Operation:
         nbytes = len(remote)
-        remote.check(self, nbytes, Access.REMOTE_READ, "read")
+        remote.check(self, nbytes, _RIGHT_READ, "read")
         operation = self._operation("read", _READ, nbytes)
         self._aim(operation, remote)
         if nbytes > self._sends.stage_size:
@@ -382,7 +394,7 @@ class Connection:
 
     def _read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
         nbytes = len(remote)
-        remote.check(self, nbytes, Access.REMOTE_READ, "read_into")
+        remote.check(self, nbytes, _RIGHT_READ, "read_into")
         view = _bytes_view(buffer, writable=True)
         if view.nbytes < nbytes:
             raise MisuseError(f"read_into: {nbytes} bytes do not fit a buffer of {view.nbytes}")
@@ -411,7 +423,7 @@ class Connection:
         return self._atomic("compare_swap", _COMPARE_SWAP, remote, *words)
 
     def _atomic(self, kind: str, opcode: int, remote: RemoteRegion, compare_add: int, swap: int) -> Operation:
-        remote.check(self, 8, Access.REMOTE_ATOMIC, kind)
+        remote.check(self, 8, _RIGHT_ATOMIC, kind)
         if len(remote) != 8 or remote.address % 8:
             raise MisuseError(
                 f"{kind} needs 8 bytes at an address that is a multiple of 8, not {len(remote)} at "
@@ -437,8 +449,9 @@ class Connection:
 
     @staticmethod
     def _aim(operation: Operation, remote: RemoteRegion) -> None:
-        operation.remote_address = remote.address
-        operation.rkey = remote.grant.rkey
+        grant = remote.grant
+        operation.remote_address = grant.address + remote.offset
+        operation.rkey = grant.rkey
 
     def _check_loop(self) -> None:
         if asyncio._get_running_loop() is not self._loop:
@@ -515,10 +528,12 @@ class Connection:
         assert window is not None
 
         def post(wr_id: int) -> None:
+            if shared.ended:  # while it waited for a slot
+                raise DeviceError(f"{shared.name!r} was unshared before its window was bound")
             self._qp.post_bind(wr_id, window, shared.region, lease.address, lease.nbytes, shared.access)
             shared.bound = True
 
-        await self._special("bind", post)
+        await asyncio.shield(self._special("bind", post))
 
     async def unshare(self, name: str) -> None:
         """Ends the sharing: when this returns, the device refuses the key. Unknown names are ignored.
@@ -531,23 +546,32 @@ class Connection:
             await self._end_share(shared)
 
     async def _end_share(self, shared: SharedRegion) -> None:
+        shared.ended = True
         if shared.announced and self._session is not None and self._state == "open":
             shared.announced = False
             self._session.send_unshare(shared.name)
         if shared.window is not None and shared.bound and self._state == "open":
-            rkey = shared.window.rkey
+            if (
+                shared.ending is None
+            ):  # once, however many callers end it: a second one would break the queue pair
+                rkey = shared.window.rkey
+                shared.ending = self._special(
+                    "invalidate", lambda wr_id: self._qp.post_invalidate(wr_id, rkey)
+                )
             try:
-                await self._special("invalidate", lambda wr_id: self._qp.post_invalidate(wr_id, rkey))
+                await asyncio.shield(shared.ending)
             except ConnectionLostError:
                 await asyncio.shield(self._closed)  # the queue pair is gone, and the window's key with it
-        if self._shared.pop(shared.name, None) is not None:
+        if self._shared.get(shared.name) is shared:
+            del self._shared[shared.name]
             shared.close()
 
-    def _special(self, kind: str, post: Callable[[int], None]) -> asyncio.Future[Any]:
+    def _special(self, kind: str, post: Callable[[int], None]) -> Operation:
+        """Submits a work request that is not data. Waited for under a shield: what was posted must complete, or
+        its window could not be closed."""
         operation = self._operation(kind, -1, 0)
         operation.post = post
-        # Shielded: a binding that was posted must be waited for, or its window could not be closed.
-        return asyncio.shield(self._sends.submit(operation))
+        return self._sends.submit(operation)
 
     async def remote(self, name: str) -> RemoteRegion:
         """The region that the peer shares under ``name``; waits until it does (use ``asyncio.timeout``).
@@ -574,7 +598,7 @@ class Connection:
 
     def peer_shared(self, name: str, address: int, length: int, rkey: int, access: list[str]) -> None:
         """The peer announced a region."""
-        grant = Grant(self, name, address, length, rkey, parse_access("|".join(access)))
+        grant = Grant(self, name, address, length, rkey, int(parse_access("|".join(access))))
         self._grants[name] = grant
         for waiter in self._grant_waiters.get(name, ()):
             if not waiter.done():
@@ -620,8 +644,8 @@ class Connection:
         error = completion_error(
             status, peer=self._peer, qp_num=self.qp_num, opcode=kind, vendor_err=vendor_err
         )
-        if operation is not None and self._error is None:
-            operation.fail(error)
+        if operation is not None:
+            operation.fail(error if self._error is None else self.lost_error(kind))
         if status == WcStatus.WR_FLUSH_ERR and self._error is None:
             # Flushed before anything else was reported: the device moved the queue pair by itself.
             error.add_note("the device moved the queue pair to the error state")
@@ -701,9 +725,9 @@ class Connection:
     def _shut(self, keep: bool) -> None:
         """The rest of :meth:`_end`: fails who waits, and starts the teardown."""
         error = self._error
-        if keep:
-            self._adapter.reactor.poll_now()
         try:
+            if keep:
+                self._adapter.reactor.poll_now()
             self._qp.to_error()
         except DeviceError:
             pass  # a dead device refuses; the queue pair is destroyed all the same
@@ -936,6 +960,8 @@ def _bytes_view(data: Any, *, writable: bool = False) -> memoryview:
     """The buffer as a flat view of bytes. Raises :class:`MisuseError`."""
     try:
         view = memoryview(data)
+        if data.__class__ is bytes and not writable:
+            return view  # the most frequent kind, and never anything but flat and contiguous
         if view.format != "B" or view.ndim != 1:
             view = view.cast("B")
     except (TypeError, ValueError, BufferError) as error:

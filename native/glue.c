@@ -198,6 +198,15 @@ static int post_recv(struct ibv_qp *qp, struct ibv_srq *srq, const struct glue_r
     return 0;
 }
 
+/* Posts one receive from scalars: what follows every message that was taken. */
+int glue_post_recv(struct ibv_qp *qp, uint64_t wr_id, uint64_t addr, uint32_t length, uint32_t lkey)
+{
+    struct glue_recv_wr wr = {.wr_id = wr_id, .addr = addr, .length = length, .lkey = lkey};
+    int posted;
+
+    return post_recv(qp, NULL, &wr, 1, &posted);
+}
+
 int glue_post_recv_many(struct ibv_qp *qp, const struct glue_recv_wr *wrs, int num, int *posted)
 {
     return post_recv(qp, NULL, wrs, num, posted);

@@ -88,10 +88,30 @@ static int memory_getbuffer(PyObject *object, Py_buffer *view, int flags)
     return 0;
 }
 
+/* Tells a closed object that its last view is gone, so that its owner may use the memory again. Runs inside the
+ * release of a buffer, where nothing may be raised: an error is reported as unraisable. */
 static void memory_releasebuffer(PyObject *object, Py_buffer *view)
 {
+    Memory *self = (Memory *)object;
+    PyObject *type, *value, *traceback, *done;
+
     (void)view;
-    ((Memory *)object)->exports--;
+    self->exports--;
+    if (self->exports || !self->closed)
+        return;
+    PyErr_Fetch(&type, &value, &traceback);
+    done = PyObject_CallMethod(object, "_last_view_gone", NULL);
+    if (!done)
+        PyErr_WriteUnraisable(object);
+    Py_XDECREF(done);
+    PyErr_Restore(type, value, traceback);
+}
+
+static PyObject *memory_last_view_gone(PyObject *object, PyObject *unused)
+{
+    (void)object;
+    (void)unused;
+    Py_RETURN_NONE;
 }
 
 static Py_ssize_t memory_length(PyObject *object)
@@ -132,6 +152,8 @@ static PyObject *get_closed(PyObject *object, void *unused)
 
 static PyMethodDef memory_methods[] = {
     {"_close_memory", memory_close, METH_NOARGS, "Refuses new views from now on; live ones stay valid."},
+    {"_last_view_gone", memory_last_view_gone, METH_NOARGS,
+     "Called when no view of a closed object is left; for subclasses."},
     {NULL, NULL, 0, NULL},
 };
 

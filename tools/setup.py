@@ -163,9 +163,9 @@ def install_packages() -> None:
     names = " ".join(packages)
     if shutil.which("apt-get") is None:
         raise SetupError(f"missing (Debian's names): {names}. {ELSEWHERE}")
-    say(f"installing {names} (apt-get, once)")
     fix = f"apt-get update && apt-get install {names}"
     prefix = root_prefix(fix)
+    say(f"installing {names} (apt-get, once)")
     apt = [*prefix, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y"]
     install = [*apt, "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", "install", *packages]
     result = call(install)

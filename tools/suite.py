@@ -5,7 +5,8 @@ part is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE n
 machine, the device tests run here, on it.
 
 *sanitize*: the same with the C code built under ASan and UBSan, put beside links to the Python files as a
-package of its own (``build-asan/site``).  Of the device tests only those that exercise the C code most run:
+package of its own (``build-asan/site``).  tests/protocol is left out: those layers import no C code, which
+tests/test_layers.py sees to.  Of the device tests only those that exercise the C code most run:
 emulation and instrumentation multiply.  The interpreter is not instrumented, so the runtime is preloaded; its
 leak detection is off, for CPython leaves memory behind on purpose at exit.  The C test program
 (tests/native), which has no interpreter in it, is checked for leaks.  Reports are written to files,
@@ -204,7 +205,8 @@ def sanitize(arguments: Sequence[str]) -> int:
     settings = sanitizer_settings(runtime)
     check_sanitizer_works(settings)
     # ASan's own report of a segmentation fault says more; a test takes its time.
-    pytest_options = ["-p", "no:faulthandler", "-o", "pythonpath=", "--timeout=900", *arguments]
+    pytest_options = ["-p", "no:faulthandler", "-o", "pythonpath=", "--timeout=900"]
+    pytest_options += ["--ignore=tests/protocol", *arguments]
     say("tests that need no device, under the sanitizers")
     outcomes = [pytest("native-asan", with_marker(pytest_options, "not device"), settings=settings)]
     files = [name for name in SANITIZED_DEVICE_TESTS if Path(name).exists()]

@@ -76,17 +76,17 @@ class CompletionChannel(Owner):
         """
         found: list[CompletionQueue] = []
         while True:
-            check(
-                lib.glue_drain_channel(
-                    self.context.provider.table, self._handle, self._cookies, self.BATCH, self._count
-                ),
-                "ibv_get_cq_event",
+            rc = lib.glue_drain_channel(
+                self.context.provider.table, self._handle, self._cookies, self.BATCH, self._count
             )
             count = self._count[0]
             for cookie in self._cookies[0:count]:
                 queue = self._queues[cookie]
                 queue._count_event()
                 found.append(queue)
+            check(
+                rc, "ibv_get_cq_event"
+            )  # after counting: each event that was read is owed an acknowledgement
             if count < self.BATCH:
                 return found
 
@@ -163,6 +163,8 @@ class CompletionQueue(Owner):
             if count < 0:
                 check(-count, "ibv_poll_cq")
             return []
+        if count == 1:
+            return [WC_STRUCT.unpack_from(self._bytes)]
         return list(WC_STRUCT.iter_unpack(self._bytes[: count * WC_STRUCT.size]))
 
     @property

@@ -312,6 +312,8 @@ class QueuePair(Owner):
     ) -> int:
         """Posts the binding of a free type-2 window over part of ``region``; returns the window's new key,
         which is valid from the completion on. Raises :class:`DeviceError`."""
+        window.check_open()
+        region.check_open()
         new_rkey = window.next_rkey()
         rc = lib.glue_post_bind_mw(
             self._handle, wr_id, window._handle, new_rkey, region._handle, address, length, int(access)
@@ -328,6 +330,12 @@ class QueuePair(Owner):
         """Posts receives given as ``(wr_id, address, length, lkey)``; all or an error that says how many."""
         self.check_open()
         _post_recv(lib.glue_post_recv_many, self._handle, requests, "ibv_post_recv")
+
+    def post_recv_one(self, wr_id: int, address: int, length: int, lkey: int) -> None:
+        """Posts one receive from scalars (the hot path). Raises :class:`DeviceError`."""
+        rc = lib.glue_post_recv(self._handle, wr_id, address, length, lkey)
+        if rc:
+            check(rc, "ibv_post_recv")
 
     def _destroy(self) -> None:
         check(lib.glue_destroy_qp(self.context.provider.table, self._handle), "ibv_destroy_qp")

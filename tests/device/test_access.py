@@ -81,8 +81,8 @@ async def test_out_of_bounds(pair: MakePair, operation: str, where: str) -> None
 async def test_beyond_the_rights_given(pair: MakePair, given: str, operation: str) -> None:
     both, other = await pair(), await pair()
     lease, remote = await both.region(64, access=given)
-    full = (await other.region(8))[1].grant.access
-    await refused(both, forge(remote, both.client, access=full), lease, operation)
+    full = (await other.region(8))[1].grant.rights
+    await refused(both, forge(remote, both.client, rights=full), lease, operation)
     await other.client.send(b"lives on")
     assert await other.server.recv() == b"lives on"
 

@@ -39,7 +39,8 @@ async def test_no_lost_wakeup(pair: MakePair, mode: str) -> None:
     assert stats.reactor.stale_completions == 0
     if mode == "event":
         assert stats.reactor.wakeups > 100, "it did sleep in between"
-        assert stats.reactor.inline_spins == stats.reactor.turns == 0
+        assert stats.reactor.turns == 0
+        assert stats.reactor.spin_seconds == 0
     both.client.close()
     await echoing
 
@@ -76,9 +77,8 @@ async def test_inline_completion_is_counted(pair: MakePair) -> None:
     for _ in range(50):
         await both.client.write(b"x" * 64, remote)
     after = both.client.statistics().reactor
-    assert after.inline_spins > before.inline_spins
+    assert after.inline_polls > before.inline_polls
     assert after.inline_hits > before.inline_hits
-    assert after.spin_seconds > before.spin_seconds
     both.client.close()
     both.server.close()
     await both.client.wait_closed()

@@ -431,12 +431,12 @@ def test_nonce_length() -> None:
 def test_negotiate_takes_what_both_can() -> None:
     local = endpoint(initiator_depth=4, responder_depth=100, eager_size=64, mtu=256, control_credits=9)
     remote = endpoint(
-        initiator_depth=7, responder_depth=2, eager_size=4096, receive_credits=5, control_credits=3
+        initiator_depth=7, responder_depth=2, eager_size=4096, receive_credits=5, control_credits=6
     )
     agreed = b.negotiate(local, remote, version=1, features=["rpc"])
     assert (agreed.initiator_depth, agreed.responder_depth) == (2, 7)
     assert (agreed.mtu, agreed.eager_size) == (256, 64)
-    assert (agreed.send_credits, agreed.control_credits) == (5, 3)
+    assert (agreed.send_credits, agreed.control_credits) == (5, 6)
 
 
 INFINIBAND: Obj = {"link_layer": "infiniband", "gid_type": "ib", "lid": 3, "gid": "fe80::1"}
@@ -683,7 +683,7 @@ def test_required_fields() -> None:
         ("initiator_depth", [-1, 256]),
         ("eager_size", [63, (1 << 20) + 1]),
         ("receive_credits", [0, 4097]),
-        ("control_credits", [0, 65]),
+        ("control_credits", [0, 3, 65]),
         ("gid", ["::", "ff02::1", "fe80::1%eth0", "192.0.2.1", "::ffff:224.0.0.1", "::ffff:255.255.255.255"]),
         ("gid_type", ["ib", "roce_v3"]),
         ("link_layer", ["infiniband", "iwarp", "token ring"]),

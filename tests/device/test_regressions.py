@@ -1,0 +1,187 @@
+"""Bugs that were found, each by the scenario that showed it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+import pytest
+
+import aiordma
+from aiordma import Config, Connection
+from aiordma.errors import ConnectionLostError, MemoryLimitError, RdmaError
+from aiordma.regions import RemoteRegion
+from aiordma.verbs import QueuePair
+from tests.device.conftest import MakePair
+from tests.device.test_access import forge
+
+pytestmark = pytest.mark.device
+
+MIB = 1 << 20
+
+
+async def test_operations_flushed_behind_a_failed_one_all_end(pair: MakePair) -> None:
+    """The flush of the second came in the same batch as the error of the first, and nobody told its waiter."""
+    both = await pair()
+    _, remote = await both.region(64)
+    bad = forge(remote, both.client, address=remote.address + 4096)
+    async with asyncio.timeout(20):
+        operations = [both.client.write(b"x", bad)] + [both.client.write(b"y", remote) for _ in range(30)]
+        results = await asyncio.gather(*operations, return_exceptions=True)
+    assert all(isinstance(result, ConnectionLostError) for result in results)
+
+
+async def test_a_lease_outlives_the_device(pair: MakePair) -> None:
+    """The last connection closed the pool and unmapped the slab under a lease that was still held: SIGSEGV."""
+    both = await pair()
+    small, large = await both.client.allocate(100), await both.client.allocate(3 * MIB)
+    for connection in (both.client, both.server):
+        connection.close()
+        await connection.wait_closed()
+    both.listener.close()
+    await both.listener.wait_closed()
+    for lease in (small, large):
+        view = memoryview(lease)
+        view[:] = b"\x01" * len(view)
+        assert view[-1] == 1
+        view.release()
+        await lease.release()
+
+
+async def test_a_waiter_that_gave_up_does_not_block_those_behind(pair: MakePair) -> None:
+    both = await pair(Config(pool_limit=8 * MIB))
+    held = await both.client.allocate(3 * MIB)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await both.client.allocate(7 * MIB)
+    async with asyncio.timeout(5):
+        await (await both.client.allocate(64)).release()
+    await held.release()
+
+
+async def test_memory_comes_back_with_the_last_view(pair: MakePair) -> None:
+    """A lease released under a live view: nobody woke those who waited when the view went."""
+    both = await pair(Config(pool_limit=8 * MIB))
+    held = await both.client.allocate(3 * MIB)
+    view = memoryview(held)
+    await held.release()
+    waiting = asyncio.ensure_future(_allocate(both.client, 5 * MIB))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    view.release()
+    async with asyncio.timeout(5):
+        await (await waiting).release()
+
+
+async def _allocate(connection: Connection, nbytes: int) -> aiordma.Lease:
+    return await connection.allocate(nbytes)
+
+
+async def test_an_operation_cancelled_inside_a_batch_is_not_posted(pair: MakePair) -> None:
+    """It was posted without its memory: a megabyte over a 4 KiB staging buffer."""
+    both = await pair()
+    _, remote = await both.region(MIB)
+    posted = both.client.statistics().requests_posted
+    async with both.client.batch() as batch:
+        for operation in (batch.read_into(remote, bytearray(MIB)), batch.write(bytes(MIB), remote)):
+            operation.cancel()
+        last = batch.write(b"x", remote)
+    assert last.done()
+    assert both.client.statistics().requests_posted == posted + 1
+
+
+async def test_a_request_the_device_refuses_fails_and_nothing_follows_it(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+
+    def full(*_: Any) -> int:
+        return errno.ENOMEM
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QueuePair, "post_send", full)
+        first = both.client.write(b"1", remote)
+    second = both.client.write
+    with pytest.raises(RdmaError, match="ENOMEM"):
+        await first
+    with pytest.raises(ConnectionLostError):
+        await second(b"2", remote)
+    await both.client.wait_closed()
+    assert both.client.statistics().send_slots_used == 0
+
+
+async def test_closed_between_the_wake_up_and_the_turn(pair: MakePair) -> None:
+    both = await pair()
+    receiver = asyncio.ensure_future(both.server.recv())
+    await asyncio.sleep(0)
+    both.server._receives.messages.put(b"wakes the receiver")
+    both.server.close()
+    with pytest.raises(ConnectionLostError):
+        await receiver
+
+
+async def test_ending_a_share_twice_at_once(pair: MakePair) -> None:
+    """Two revocations of one window broke the queue pair."""
+    both = await pair()
+    lease, remote = await both.region(64)
+    await asyncio.gather(both.server.unshare(remote.name), both.server.unshare(remote.name), lease.release())
+    await both.client.send(b"lives on")
+    assert await both.server.recv() == b"lives on"
+
+
+async def test_a_share_given_up_while_it_waits_for_a_slot(pair: MakePair) -> None:
+    """Its window was freed, and then bound."""
+    both = await pair(Config(send_depth=2, receive_credits=2))
+    lease = await both.server.allocate(64)
+    theirs = await both.client.allocate(MIB)
+    await both.client.share("there", theirs)
+    there: RemoteRegion = await both.server.remote("there")
+    for _ in range(10):
+        writes = [both.server.write(bytes(MIB), there) for _ in range(4)]
+        sharing = asyncio.ensure_future(both.server.share("mine", lease))
+        await asyncio.sleep(0)
+        sharing.cancel()
+        await asyncio.wait([sharing])
+        await asyncio.gather(*writes)
+    await both.server.share("mine", lease)
+    await both.client.write(b"still right", (await both.client.remote("mine"))[:11])
+    assert bytes(lease)[:11] == b"still right"
+
+
+async def test_waiting_for_a_server_that_nobody_closed(no_leaked_tasks: None) -> None:
+    """It cancelled the handlers of a server that was not closing."""
+    server = await aiordma.serve(_echo, "127.0.0.1", 0, config=Config(close_timeout=0.05))
+    waiting = asyncio.ensure_future(server.wait_closed())
+    async with aiordma.connect("127.0.0.1", server.port) as client:
+        for _ in range(5):
+            await client.send(b"served")
+            assert await client.recv() == b"served"
+            await asyncio.sleep(0.02)
+        assert not waiting.done()
+    server.close()
+    await waiting
+
+
+async def _echo(connection: Connection) -> None:
+    async for message in connection:
+        await connection.send(message)
+
+
+async def test_depths_beyond_the_device_give_everything_back(pair: MakePair) -> None:
+    both = await pair()
+    largest = both.client._adapter.attributes.max_cqe
+    if largest >= 8200:
+        pytest.skip(f"the device takes {largest} completions, more than any Config asks for")
+    with pytest.raises(RdmaError):
+        await aiordma.connect(
+            "127.0.0.1", both.listener.port, config=Config(send_depth=4096, receive_credits=4096)
+        )
+
+
+async def test_a_pool_too_small_for_a_connection_says_so() -> None:
+    config = Config(pool_limit=MIB, slab_size=MIB, send_depth=4096, eager_size=4096)
+    async with aiordma.serve(_echo, "127.0.0.1", 0, config=config) as server:
+        with pytest.raises((MemoryLimitError, aiordma.errors.BootstrapError)):
+            await aiordma.connect("127.0.0.1", server.port, config=config)
