@@ -738,8 +738,6 @@ class Connection:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_exception(self.lost_error("remote"))
-        for grant in self._grants.values():
-            grant.revoked = True
         if self._session is not None:
             in_order = isinstance(error, ConnectionClosedError)
             self._session.send_close(None if in_order else error)
@@ -899,7 +897,7 @@ class Batch:
 
     Each method returns its operation, as the connection's does; its result is there after the block. When the
     body raises, nothing is posted. The first operation that fails raises from the end of the block, after all
-    have ended.
+    have ended; one that was cancelled before is left out.
     """
 
     __slots__ = ("_connection", "_operations")
@@ -951,8 +949,8 @@ class Batch:
             raise connection.lost_error("batch")
         connection._sends.submit_many(operations)
         results = await asyncio.gather(*operations, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
+        for operation, result in zip(operations, results, strict=True):
+            if isinstance(result, BaseException) and not operation.cancelled():
                 raise result
 
 
