@@ -16,7 +16,7 @@ from .config import Config
 from .cq_reactor import CqReactor
 from .errors import DeviceError
 from .mr_pool import MemoryPool
-from .verbs import Context, Device, LinkLayer, ProtectionDomain, Transport, devices
+from .verbs import Context, Device, ProtectionDomain, Transport, devices
 from .verbs.gid_choice import GidChoice, choose_gid, interface_addresses
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -137,8 +137,3 @@ def acquire_adapter(device: Device, config: Config) -> Adapter:
     if adapter is None:
         adapter = adapters[device.name] = Adapter(device.open(), config)
     return adapter.use()
-
-
-def is_ethernet(choice: GidChoice) -> bool:
-    """True for RoCE: addressing by GID, no LIDs."""
-    return choice.port.link_layer is LinkLayer.ETHERNET

@@ -24,9 +24,10 @@ from typing import Any
 
 from .cq_reactor import CqReactor, SpinGovernor
 from .errors import DeviceError, errno_text
-from .mr_pool import Lease, Pinned
+from .mr_pool import Lease
 from .protocol.credit import CreditLedger
 from .protocol.frames import HEADER, HEADER_SIZE, FrameKind
+from .registrations import Pinned
 from .verbs import SEND_WR_STRUCT, CompletionQueue, QueuePair, SendFlags, WrOpcode
 
 _SIGNALED = int(SendFlags.SIGNALED)

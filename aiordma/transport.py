@@ -37,13 +37,14 @@ from .errors import (
     WrongLoopError,
     completion_error,
 )
-from .mr_pool import Lease, Pinned, PoolStatistics
+from .mr_pool import Lease, PoolStatistics
 from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
 from .receive_queue import ReceiveQueue
-from .regions import Grant, RemoteRegion, SharedRegion, access_words, parse_access
+from .regions import Grant, Grants, RemoteRegion, Shares, parse_access
+from .registrations import Pinned
 from .send_queue import Operation, SendQueue
-from .verbs import Access, AsyncEvent, EventType, MemoryRegion, MemoryWindow, Path, QueuePair, WrOpcode
+from .verbs import Access, AsyncEvent, EventType, Path, QueuePair, WrOpcode
 
 if TYPE_CHECKING:
     from .protocol.bootstrap import Agreed
@@ -126,9 +127,8 @@ class Connection:
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._session: Session | None = None
         self._teardown_task: asyncio.Task[None] | None = None
-        self._shared: dict[str, SharedRegion] = {}
-        self._grants: dict[str, Grant] = {}
-        self._grant_waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._shares = Shares(self, route.adapter)
+        self._grants = Grants()
         self._agreed: Agreed | None = None
         self.psn = secrets.randbits(24)
         self.eager_size = config.eager_size
@@ -442,10 +442,31 @@ class Connection:
         return Batch(self)
 
     def _operation(self, kind: str, opcode: int, nbytes: int) -> Operation:
+        self._check_open(kind)
+        return Operation(self._sends, kind, opcode, nbytes)
+
+    def _check_open(self, kind: str) -> None:
         self._check_loop()
         if self._state != "open":
             raise self.lost_error(kind)
-        return Operation(self._sends, kind, opcode, nbytes)
+
+    # --- what regions.py needs (regions.Host) --------------------------------------------------------
+
+    @property
+    def session(self) -> Session | None:
+        """Where announcements go; None when there is nobody to tell any more."""
+        return self._session if self._state == "open" else None
+
+    @property
+    def queue_pair(self) -> QueuePair:
+        """The queue pair that windows are bound to."""
+        return self._qp
+
+    def special(self, kind: str, post: Callable[[int], None]) -> Operation:
+        """Submits a work request that is not data: ``post`` posts it, given the id."""
+        operation = self._operation(kind, -1, 0)
+        operation.post = post
+        return self._sends.submit(operation)
 
     @staticmethod
     def _aim(operation: Operation, remote: RemoteRegion) -> None:
@@ -488,52 +509,8 @@ class Connection:
         the region is not shared.
         """
         rights = parse_access(access)
-        self._check_loop()
-        if self._state != "open":
-            raise self.lost_error("share")
-        if not isinstance(lease, Lease) or lease.released:
-            raise MisuseError("share() takes a lease from allocate() that was not released")
-        if not (isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable()):
-            raise MisuseError("the name of a region has 1 to 128 printable characters")
-        if name in self._shared:
-            raise MisuseError(f"{name!r} is shared on this connection already")
-        shared = self._register_shared(name, lease, rights)
-        try:
-            if shared.window is not None:
-                await self._bind(shared)
-        except BaseException:
-            await self._end_share(shared)
-            raise
-        if self._session is not None and self._state == "open":
-            shared.announced = True
-            self._session.send_share(name, lease.address, lease.nbytes, shared.rkey, access_words(rights))
-
-    def _register_shared(self, name: str, lease: Lease, rights: Access) -> SharedRegion:
-        windows = self._adapter.attributes.memory_windows
-        local = Access.LOCAL_WRITE | (Access.MW_BIND if windows else rights)
-        region = MemoryRegion(self._adapter.pd, lease.address, lease.nbytes, local)
-        shared = SharedRegion(self, name, rights, region, lease)
-        try:
-            if windows:
-                shared.window = MemoryWindow(self._adapter.pd)
-        except DeviceError:
-            region.close()
-            raise
-        self._shared[name] = shared
-        lease.add_user(shared)
-        return shared
-
-    async def _bind(self, shared: SharedRegion) -> None:
-        window, lease = shared.window, shared.lease
-        assert window is not None
-
-        def post(wr_id: int) -> None:
-            if shared.ended:  # while it waited for a slot
-                raise DeviceError(f"{shared.name!r} was unshared before its window was bound")
-            self._qp.post_bind(wr_id, window, shared.region, lease.address, lease.nbytes, shared.access)
-            shared.bound = True
-
-        await asyncio.shield(self._special("bind", post))
+        self._check_open("share")
+        await self._shares.share(name, lease, rights)
 
     async def unshare(self, name: str) -> None:
         """Ends the sharing: when this returns, the device refuses the key. Unknown names are ignored.
@@ -541,74 +518,25 @@ class Connection:
         An operation of the peer that comes later fails, and its connection with it. Cancelled: the region stays
         unusable by its owner until the connection ends or unshare() was called again.
         """
-        shared = self._shared.get(name)
-        if shared is not None:
-            await self._end_share(shared)
-
-    async def _end_share(self, shared: SharedRegion) -> None:
-        shared.ended = True
-        if shared.announced and self._session is not None and self._state == "open":
-            shared.announced = False
-            self._session.send_unshare(shared.name)
-        if shared.window is not None and shared.bound and self._state == "open":
-            if (
-                shared.ending is None
-            ):  # once, however many callers end it: a second one would break the queue pair
-                rkey = shared.window.rkey
-                shared.ending = self._special(
-                    "invalidate", lambda wr_id: self._qp.post_invalidate(wr_id, rkey)
-                )
-            try:
-                await asyncio.shield(shared.ending)
-            except ConnectionLostError:
-                await asyncio.shield(self._closed)  # the queue pair is gone, and the window's key with it
-        if self._shared.get(shared.name) is shared:
-            del self._shared[shared.name]
-            shared.close()
-
-    def _special(self, kind: str, post: Callable[[int], None]) -> Operation:
-        """Submits a work request that is not data. Waited for under a shield: what was posted must complete, or
-        its window could not be closed."""
-        operation = self._operation(kind, -1, 0)
-        operation.post = post
-        return self._sends.submit(operation)
+        await self._shares.unshare(name)
 
     async def remote(self, name: str) -> RemoteRegion:
         """The region that the peer shares under ``name``; waits until it does (use ``asyncio.timeout``).
 
         Raises :class:`ConnectionLostError` when the connection ends first.
         """
-        self._check_loop()
-        while (grant := self._grants.get(name)) is None:
-            if self._state != "open":
-                raise self.lost_error("remote")
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            waiters = self._grant_waiters.setdefault(name, [])
-            waiters.append(waiter)
-            try:
-                await waiter
-            finally:
-                if waiter in waiters:
-                    waiters.remove(waiter)
-                if not waiters:
-                    self._grant_waiters.pop(name, None)
-        return RemoteRegion(grant, 0, grant.length)
+        self._check_open("remote")
+        return await self._grants.wait(name)
 
     # --- what the session says -----------------------------------------------------------------------
 
     def peer_shared(self, name: str, address: int, length: int, rkey: int, access: list[str]) -> None:
         """The peer announced a region."""
-        grant = Grant(self, name, address, length, rkey, int(parse_access("|".join(access))))
-        self._grants[name] = grant
-        for waiter in self._grant_waiters.get(name, ()):
-            if not waiter.done():
-                waiter.set_result(None)
+        self._grants.announce(Grant(self, name, address, length, rkey, int(parse_access("|".join(access)))))
 
     def peer_unshared(self, name: str) -> None:
         """The peer took a region back."""
-        grant = self._grants.pop(name, None)
-        if grant is not None:
-            grant.revoked = True
+        self._grants.withdraw(name)
 
     def peer_closed(self, message: str, *, in_order: bool) -> None:
         """The peer said goodbye."""
@@ -734,10 +662,7 @@ class Connection:
         self._receives.stop(keep=keep)
         self._sends.fail_all(self.lost_error)
         self._receives.fail_all(self.lost_error)
-        for waiters in list(self._grant_waiters.values()):
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(self.lost_error("remote"))
+        self._grants.fail_all(lambda: self.lost_error("remote"))
         if self._session is not None:
             in_order = isinstance(error, ConnectionClosedError)
             self._session.send_close(None if in_order else error)
@@ -794,10 +719,10 @@ class Connection:
         adapter, config = self._adapter, self._config
         steps: list[Callable[[], object]] = [lambda: adapter.reactor.unlisten(self._qp.qp_num)]
         # A window bound to a queue pair holds it (rxe), so windows go first; then nothing reaches the memory.
-        steps += [shared.window.close for shared in self._shared.values() if shared.window is not None]
-        steps += [self._qp.close]
-        steps += [shared.close for shared in self._shared.values()]
         steps += [
+            self._shares.close_windows,
+            self._qp.close,
+            self._shares.close,
             self._sends.close,
             self._receives.close,
             lambda: adapter.reactor.detach(config.mode, self._cq, self._entries),
@@ -810,7 +735,6 @@ class Connection:
                 self._loop.call_exception_handler(
                     {"message": f"closing the connection to {self._peer}", "exception": error}
                 )
-        self._shared.clear()
         self._state = "closed"
         if not self._closed.done():
             self._closed.set_result(None)
@@ -844,7 +768,7 @@ class Connection:
             credit_frames=self._sends.credit_frames,
             mtu=self._agreed.mtu if self._agreed else 0,
             eager_size=self.eager_size,
-            shared=len(self._shared),
+            shared=len(self._shares),
             remote=len(self._grants),
             reactor=self._adapter.reactor.statistics(),
             pool=self._adapter.pool.statistics(),

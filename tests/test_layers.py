@@ -17,6 +17,7 @@ LAYERS = (
     ("config",),
     ("_native",),
     ("verbs", "protocol"),
+    ("registrations",),
     ("cq_reactor", "mr_pool"),
     ("adapter",),
     ("send_queue",),

@@ -10,7 +10,8 @@ import pytest
 
 import aiordma
 from aiordma import Config, Connection
-from aiordma.errors import ConnectionLostError, MemoryLimitError, RdmaError
+from aiordma.cq_reactor import CqReactor
+from aiordma.errors import ConnectionLostError, DeviceError, MemoryLimitError, RdmaError
 from aiordma.regions import RemoteRegion
 from aiordma.verbs import QueuePair
 from tests.device.conftest import MakePair
@@ -169,15 +170,22 @@ async def _echo(connection: Connection) -> None:
         await connection.send(message)
 
 
-async def test_depths_beyond_the_device_give_everything_back(pair: MakePair) -> None:
+async def test_no_room_in_the_completion_queues_gives_everything_back(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = await pair()
-    largest = both.client._adapter.attributes.max_cqe
-    if largest >= 8200:
-        pytest.skip(f"the device takes {largest} completions, more than any Config asks for")
-    with pytest.raises(RdmaError):
-        await aiordma.connect(
-            "127.0.0.1", both.listener.port, config=Config(send_depth=4096, receive_credits=4096)
-        )
+    users = both.client._adapter.users
+
+    def full(*_: Any) -> None:
+        raise DeviceError("ibv_create_cq failed: ENOMEM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CqReactor, "attach", full)
+        with pytest.raises(DeviceError, match="ibv_create_cq"):
+            await aiordma.connect("127.0.0.1", both.listener.port)
+    while both.listener._pending:
+        await asyncio.sleep(0)
+    assert both.client._adapter.users == users
 
 
 async def test_a_pool_too_small_for_a_connection_says_so() -> None:
