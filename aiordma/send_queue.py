@@ -32,13 +32,14 @@ from .verbs import SEND_WR_STRUCT, CompletionQueue, QueuePair, SendFlags, WrOpco
 
 _SIGNALED = int(SendFlags.SIGNALED)
 _INLINE = int(SendFlags.SIGNALED | SendFlags.INLINE)
-_WRITE = int(WrOpcode.RDMA_WRITE)
-_WRITE_IMM = int(WrOpcode.RDMA_WRITE_WITH_IMM)
-_SEND = int(WrOpcode.SEND)
-_READ = int(WrOpcode.RDMA_READ)
-_FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
-_COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
-_ATOMICS = (_FETCH_ADD, _COMPARE_SWAP)
+# Plain integers: enumeration members cost a conversion in each call.
+WRITE = int(WrOpcode.RDMA_WRITE)
+WRITE_IMM = int(WrOpcode.RDMA_WRITE_WITH_IMM)
+SEND = int(WrOpcode.SEND)
+READ = int(WrOpcode.RDMA_READ)
+FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
+COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
+_ATOMICS = (FETCH_ADD, COMPARE_SWAP)
 
 _now_ns = time.perf_counter_ns
 
@@ -297,19 +298,19 @@ class SendQueue:
         address, lkey, flags = slot.address, self._lkey, _SIGNALED
         if operation.pinned is not None:
             address, lkey = operation.pinned.address + offset, operation.pinned.lkey
-        elif opcode == _SEND:
+        elif opcode == SEND:
             nbytes = self._stage_message(operation, slot)
         elif nbytes and operation.data is not None:
             slot.view[:nbytes] = operation.data
-        if operation.data is not None or opcode == _SEND:
+        if operation.data is not None or opcode == SEND:
             operation.data = None
             if nbytes <= self._inline:
                 flags = _INLINE
-        if opcode == _WRITE_IMM:
+        if opcode == WRITE_IMM:
             if last:
                 self._use_credit()
             else:
-                opcode = _WRITE
+                opcode = WRITE
         return (
             self._enter(slot, operation),
             address if nbytes else 0,
@@ -436,7 +437,7 @@ class SendQueue:
 
     def _result(self, operation: Operation, slot: SendSlot) -> Any:
         opcode = operation.opcode
-        if opcode == _READ:
+        if opcode == READ:
             if operation.into:
                 return operation.nbytes
             return bytes(operation.landing or slot.view[: operation.nbytes])
@@ -458,7 +459,7 @@ class SendQueue:
             slot.wr_id = self._reactor.add(slot)
             self.posted += 1
             self.credit_frames += 1
-            rc = self._qp.post_send(slot.wr_id, _SEND, flags, slot.address, HEADER_SIZE, self._lkey)
+            rc = self._qp.post_send(slot.wr_id, SEND, flags, slot.address, HEADER_SIZE, self._lkey)
             if rc:
                 self._reactor.remove(slot.wr_id, slot)
                 self.posted -= 1

@@ -41,20 +41,14 @@ from .mr_pool import Lease, PoolStatistics
 from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
 from .receive_queue import ReceiveQueue
-from .regions import Grant, Grants, RemoteRegion, Shares, parse_access
+from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
-from .send_queue import Operation, SendQueue
-from .verbs import Access, AsyncEvent, EventType, Path, QueuePair, WrOpcode
+from .send_queue import COMPARE_SWAP, FETCH_ADD, READ, SEND, WRITE, WRITE_IMM, Operation, SendQueue
+from .verbs import Access, AsyncEvent, EventType, Path, QueuePair
 
 if TYPE_CHECKING:
     from .protocol.bootstrap import Agreed
 
-_WRITE = int(WrOpcode.RDMA_WRITE)
-_WRITE_IMM = int(WrOpcode.RDMA_WRITE_WITH_IMM)
-_SEND = int(WrOpcode.SEND)
-_READ = int(WrOpcode.RDMA_READ)
-_FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
-_COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
 
 #: A piece of a large transfer never exceeds this, whatever the port allows: lengths in work requests are 32 bit.
 _MAX_PIECE = 1 << 30
@@ -66,14 +60,8 @@ _U64 = 1 << 64
 State = Literal["preparing", "open", "closing", "closed"]
 
 
-class Session(Protocol):
+class Session(Announcer, Protocol):
     """The bootstrap's TCP connection, as the Connection sees it: liveness, sharing and closing."""
-
-    def send_share(self, name: str, address: int, length: int, rkey: int, access: list[str]) -> None:
-        """Announces a region."""
-
-    def send_unshare(self, name: str) -> None:
-        """Takes the announcement back."""
 
     def send_close(self, error: RdmaError | None) -> None:
         """Says goodbye, and why; then closes."""
@@ -277,7 +265,7 @@ class Connection:
         view = _bytes_view(data)
         if view.nbytes > self.eager_size:
             raise MessageTooLargeError(view.nbytes, self.eager_size)
-        operation = self._operation("send", _SEND, view.nbytes)
+        operation = self._operation("send", SEND, view.nbytes)
         operation.data = view
         operation.credit = True
         return self._sends.submit(operation)
@@ -359,7 +347,7 @@ class Connection:
         remote.check(self, nbytes, _RIGHT_WRITE, "write")
         if notify is not None and not 0 <= notify < 1 << 32:
             raise MisuseError(f"notify={notify}: 0 to {(1 << 32) - 1}")
-        operation = self._operation("write", _WRITE if notify is None else _WRITE_IMM, nbytes)
+        operation = self._operation("write", WRITE if notify is None else WRITE_IMM, nbytes)
         self._aim(operation, remote)
         if notify is not None:
             operation.imm = notify
@@ -377,7 +365,7 @@ class Connection:
     def _read(self, remote: RemoteRegion) -> Operation:
         nbytes = len(remote)
         remote.check(self, nbytes, _RIGHT_READ, "read")
-        operation = self._operation("read", _READ, nbytes)
+        operation = self._operation("read", READ, nbytes)
         self._aim(operation, remote)
         if nbytes > self._sends.stage_size:
             operation.landing = bytearray(nbytes)
@@ -398,7 +386,7 @@ class Connection:
         view = _bytes_view(buffer, writable=True)
         if view.nbytes < nbytes:
             raise MisuseError(f"read_into: {nbytes} bytes do not fit a buffer of {view.nbytes}")
-        operation = self._operation("read_into", _READ, nbytes)
+        operation = self._operation("read_into", READ, nbytes)
         self._aim(operation, remote)
         operation.into = True
         if nbytes:
@@ -411,7 +399,7 @@ class Connection:
 
         ``remote`` is 8 bytes long and at an address that is a multiple of 8. Errors as :meth:`write`.
         """
-        return self._sends.submit(self._atomic("fetch_add", _FETCH_ADD, remote, _word("value", value), 0))
+        return self._sends.submit(self._atomic("fetch_add", FETCH_ADD, remote, _word("value", value), 0))
 
     def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
         """Replaces 8 remote bytes by ``desired`` if they are ``expected``, atomically. Awaiting returns the old
@@ -420,7 +408,7 @@ class Connection:
 
     def _compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
         words = _word("expected", expected), _word("desired", desired)
-        return self._atomic("compare_swap", _COMPARE_SWAP, remote, *words)
+        return self._atomic("compare_swap", COMPARE_SWAP, remote, *words)
 
     def _atomic(self, kind: str, opcode: int, remote: RemoteRegion, compare_add: int, swap: int) -> Operation:
         remote.check(self, 8, _RIGHT_ATOMIC, kind)
@@ -849,7 +837,7 @@ class Batch:
 
     def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
         """As :meth:`Connection.fetch_add`."""
-        return self._add(self._connection._atomic("fetch_add", _FETCH_ADD, remote, _word("value", value), 0))
+        return self._add(self._connection._atomic("fetch_add", FETCH_ADD, remote, _word("value", value), 0))
 
     def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
         """As :meth:`Connection.compare_swap`."""
