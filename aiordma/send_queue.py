@@ -212,7 +212,7 @@ class SendQueue:
     def submit(self, operation: Operation) -> Operation:
         """Posts the operation now if both windows are open and nobody waits before it; else it waits in turn.
 
-        After :meth:`fail_all`, or when the device has refused a request, it fails at once.
+        When the device has refused a request before, it fails at once.
         """
         if self.refused is not None:
             operation.release()

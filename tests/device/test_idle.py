@@ -22,7 +22,9 @@ async def test_idle(pair: MakePair, mode: str) -> None:
     while both.client._adapter.reactor._polling:
         await asyncio.sleep(0)  # adaptive: until what it learned says that it has waited long enough
     for _ in range(20):
-        await asyncio.sleep(0)  # events of completions that were polled inside an await: stray, and read by now
+        await asyncio.sleep(
+            0
+        )  # events of completions that were polled inside an await: stray, and read by now
     before = both.client.statistics().reactor
     cpu = time.process_time()
     await asyncio.sleep(5)
