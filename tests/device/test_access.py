@@ -6,14 +6,16 @@ forged, so that the refusal must come from the peer's device, at the caller, wit
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import Any
 
 import pytest
 
 from aiordma import Connection, Lease, RemoteRegion
-from aiordma.errors import ConnectionLostError, RemoteAccessError, RemoteInvalidRequestError
+from aiordma.errors import ConnectionLostError, RdmaError, RemoteAccessError, RemoteInvalidRequestError
 from aiordma.regions import Grant
+from aiordma.send_queue import FETCH_ADD
 from tests.device.conftest import MakePair, Pair
 
 pytestmark = pytest.mark.device
@@ -138,3 +140,17 @@ async def test_a_lease_shared_on_two_connections_is_revoked_on_both(pair: MakePa
     await lease.release()
     for each in (both, other):
         assert each.server.statistics().shared == 0
+
+
+async def test_a_misaligned_atomic_that_slipped_through_is_refused_below(pair: MakePair) -> None:
+    """fetch_add() refuses it first; libibverbs or the peer's device refuse it too, and nobody hangs."""
+    both = await pair()
+    lease, remote = await both.region(64)
+    operation = both.client._operation("fetch_add", FETCH_ADD, 8)
+    both.client._aim(operation, remote[4:12])
+    operation.compare_add = 1
+    with pytest.raises(RdmaError):
+        async with asyncio.timeout(20):
+            await both.client._sends.submit(operation)
+    assert bytes(lease) == bytes(64)
+    await both.client.wait_closed()
