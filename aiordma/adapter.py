@@ -7,7 +7,6 @@ has left, so a program that has no connection holds no device.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import weakref
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from .cq_reactor import CqReactor
 from .errors import DeviceError
 from .mr_pool import MemoryPool
 from .verbs import Context, Device, ProtectionDomain, Transport, devices
-from .verbs.gid_choice import GidChoice, choose_gid, interface_addresses
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+from .verbs.gid_choice import Address, GidChoice, choose_gid, interface_addresses
 
 _adapters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Adapter]] = (
     weakref.WeakKeyDictionary()

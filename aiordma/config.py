@@ -123,7 +123,7 @@ class Config:
         1,
         65_536,
         "connections",
-        doc="server: handshakes under way at a time; further clients wait in TCP",
+        doc="server: handshakes under way at a time; beyond it the oldest is dropped",
     )
     max_connections: int = _knob(
         4096, 1, 1_000_000, "connections", doc="server: established at a time; further ones are refused"

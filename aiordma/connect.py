@@ -30,7 +30,7 @@ from typing import Any, Self, cast
 
 from . import errors
 from ._version import __version__
-from .adapter import Address, Route, open_route
+from .adapter import Route, open_route
 from .config import Config
 from .errors import (
     BootstrapError,
@@ -62,6 +62,7 @@ from .protocol.bootstrap import (
 from .protocol.credit import CONTROL_WINDOW
 from .transport import Connection
 from .verbs import LinkLayer
+from .verbs.gid_choice import Address
 
 Handler = Callable[[Connection], Awaitable[object]]
 

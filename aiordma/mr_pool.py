@@ -129,7 +129,7 @@ class Lease(Memory):
     handed out again.
     """
 
-    __slots__ = ("_chunk", "_dedicated", "_pool", "_released", "_slab", "_users")
+    __slots__ = ("_dedicated", "_pool", "_released", "_slab", "_users")
 
     def __init__(self, pool: MemoryPool, slab: Slab, address: int, nbytes: int, *, dedicated: bool) -> None:
         super().__init__(address, nbytes, slab)

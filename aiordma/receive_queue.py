@@ -134,7 +134,6 @@ class ReceiveQueue:
         self._sends = sends
         self._failed = failed
         self._broken = broken
-        self._window = window
         count = window + control
         self._slots = [ReceiveSlot(self, index) for index in range(count)]
         self.ring = ReceiveRing(

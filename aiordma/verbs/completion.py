@@ -84,9 +84,8 @@ class CompletionChannel(Owner):
                 queue = self._queues[cookie]
                 queue._count_event()
                 found.append(queue)
-            check(
-                rc, "ibv_get_cq_event"
-            )  # after counting: each event that was read is owed an acknowledgement
+            # After counting: each event that was read is owed an acknowledgement.
+            check(rc, "ibv_get_cq_event")
             if count < self.BATCH:
                 return found
 
