@@ -245,3 +245,30 @@ int glue_set_nonblocking(int fd)
         return errno;
     return fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? errno : 0;
 }
+
+/* What libusroce.so can do beyond verbs (usroce_api.h). ENOTSUP where the library is another one. */
+
+int glue_usroce_set_option(struct glue_provider *p, const char *name, const char *value)
+{
+    return p->usroce_set_option ? result(p->usroce_set_option(name, value)) : ENOTSUP;
+}
+
+int glue_usroce_set_fault(struct glue_provider *p, struct ibv_context *context, const struct usroce_fault *fault)
+{
+    return p->usroce_set_fault ? result(p->usroce_set_fault(context, fault)) : ENOTSUP;
+}
+
+int glue_usroce_capture(struct glue_provider *p, struct ibv_context *context, const char *path)
+{
+    return p->usroce_capture ? result(p->usroce_capture(context, path)) : ENOTSUP;
+}
+
+/* Members that a library older than these headers does not know are 0. */
+int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *context,
+                               struct usroce_counters *counters)
+{
+    memset(counters, 0, sizeof(*counters));
+    if (!p->usroce_query_counters)
+        return ENOTSUP;
+    return result(p->usroce_query_counters(context, counters, sizeof(*counters)));
+}

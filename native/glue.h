@@ -19,6 +19,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "usroce/usroce_api.h"
+
 /* The verbs functions that are real symbols of the library. The data path is not here: it is reached through
  * context->ops by the inline functions of verbs.h, and so needs no symbol. */
 struct glue_provider {
@@ -52,6 +54,11 @@ struct glue_provider {
     int (*query_qp)(struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask, struct ibv_qp_init_attr *init);
     int (*destroy_qp)(struct ibv_qp *qp);
     enum ibv_fork_status (*is_fork_initialized)(void); /* may be NULL: rdma-core before v35 */
+    /* Only libusroce.so has these; all NULL in another library. */
+    int (*usroce_set_option)(const char *name, const char *value);
+    int (*usroce_set_fault)(struct ibv_context *context, const struct usroce_fault *fault);
+    int (*usroce_capture)(struct ibv_context *context, const char *path);
+    int (*usroce_query_counters)(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 };
 
 /* One work request, flat. Multi-byte fields are in host order; immediate data is converted on the way. */
@@ -135,6 +142,11 @@ int glue_query_qp(struct glue_provider *p, struct ibv_qp *qp, struct ibv_qp_attr
                   struct ibv_qp_init_attr *init);
 int glue_destroy_qp(struct glue_provider *p, struct ibv_qp *qp);
 int glue_set_nonblocking(int fd);
+int glue_usroce_set_option(struct glue_provider *p, const char *name, const char *value);
+int glue_usroce_set_fault(struct glue_provider *p, struct ibv_context *context, const struct usroce_fault *fault);
+int glue_usroce_capture(struct glue_provider *p, struct ibv_context *context, const char *path);
+int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *context,
+                               struct usroce_counters *counters);
 
 /* glue.c */
 int glue_post_send(struct ibv_qp *qp, uint64_t wr_id, uint32_t opcode, uint32_t flags, uint64_t addr,

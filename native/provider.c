@@ -47,6 +47,10 @@ static const struct symbol symbols[] = {
     SYMBOL(query_qp, "ibv_query_qp"),
     SYMBOL(destroy_qp, "ibv_destroy_qp"),
     OPTIONAL(is_fork_initialized, "ibv_is_fork_initialized"),
+    OPTIONAL(usroce_set_option, "usroce_set_option"),
+    OPTIONAL(usroce_set_fault, "usroce_set_fault"),
+    OPTIONAL(usroce_capture, "usroce_capture"),
+    OPTIONAL(usroce_query_counters, "usroce_query_counters"),
 };
 
 /* Opens the library at `path`. Returns 0, ENOENT when it cannot be opened, or ENOSYS when it lacks a symbol;
