@@ -470,7 +470,7 @@ EXPORT int ibv_destroy_cq(struct ibv_cq *base)
     if (base->channel)
         base->channel->refcnt--;
     ctx->num_cqs--;
-    pthread_mutex_unlock(&ctx->lock);
+    context_unlock(ctx);
     free_cq(cq);
     return 0;
 }

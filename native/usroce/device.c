@@ -842,25 +842,46 @@ EXPORT struct ibv_context *ibv_open_device(struct ibv_device *device)
     return &ctx->verbs.context;
 }
 
-/* Objects that are left would point into nothing: EBUSY then. */
+static bool has_objects(const struct context *ctx)
+{
+    return ctx->num_pds || ctx->num_cqs || ctx->num_channels;
+}
+
+void context_unlock(struct context *ctx)
+{
+    bool is_last = ctx->closed && !has_objects(ctx);
+
+    pthread_mutex_unlock(&ctx->lock);
+    if (is_last) {
+        tx_free(ctx);
+        free_context(ctx);
+    }
+}
+
+/* Nothing is sent or received any more by objects that the application forgot to destroy. */
+static void silence(struct context *ctx)
+{
+    for (struct list *entry = ctx->all_qps.next; entry != &ctx->all_qps; entry = entry->next)
+        qp_to_error(ctx, list_entry(entry, struct qp, in_all), NO_EVENT);
+}
+
+/* As with a kernel device, what is left is dead from now on, and that is no error: perftest leaves a completion queue.
+ * The context stays in memory as long as objects point to it. */
 EXPORT int ibv_close_device(struct ibv_context *context)
 {
     struct context *ctx = context_of(context);
-    bool busy;
 
     if (context_is_foreign(ctx))
         return ENODEV;
-    pthread_mutex_lock(&ctx->lock);
-    busy = ctx->num_pds || ctx->num_cqs || ctx->num_channels;
-    pthread_mutex_unlock(&ctx->lock);
-    if (busy)
-        return EBUSY;
     progress_stop(ctx);
+    pthread_mutex_lock(&ctx->lock);
+    silence(ctx);
     async_forget_all(ctx);
     progress_free(ctx);
-    tx_free(ctx);
     close(context->async_fd);
+    context->async_fd = -1;
     close_links(ctx);
-    free_context(ctx);
+    ctx->closed = true;
+    context_unlock(ctx);
     return 0;
 }

@@ -107,7 +107,7 @@ EXPORT int ibv_destroy_comp_channel(struct ibv_comp_channel *base)
     busy = base->refcnt > 0;
     if (!busy)
         ctx->num_channels--;
-    pthread_mutex_unlock(&ctx->lock);
+    context_unlock(ctx);
     if (busy)
         return EBUSY;
     close(base->fd);

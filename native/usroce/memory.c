@@ -84,7 +84,7 @@ EXPORT int ibv_dealloc_pd(struct ibv_pd *base)
     busy = pd_of(base)->children > 0;
     if (!busy)
         ctx->num_pds--;
-    pthread_mutex_unlock(&ctx->lock);
+    context_unlock(ctx);
     if (busy)
         return EBUSY;
     free(pd_of(base));

@@ -14,7 +14,8 @@
  *
  * Acknowledgements are owed rather than sent: all packets of a pass are acknowledged by one. A pass run by a polling
  * thread that found it a completion leaves them until the application has posted (an answer, usually), and sends
- * them behind it in the same system call; the next poll, an arm or the device thread sends them otherwise. */
+ * them behind it in the same system call; the next poll, an arm or the device thread sends them otherwise, and the
+ * end of the program. */
 #define _GNU_SOURCE /* ppoll */
 #include "usroce.h"
 
@@ -481,8 +482,32 @@ int progress_start_thread(struct context *ctx)
     return rc;
 }
 
+/* --- life -------------------------------------------------------------------------------------------------------- */
+
+static struct list opened = {&opened, &opened};
+
+/* The last completion was taken, and the program returns from main() without another word. */
+__attribute__((destructor)) static void send_last_acks(void)
+{
+    struct list *entry;
+
+    if (pthread_mutex_trylock(&process_lock))
+        return;
+    for (entry = opened.next; entry != &opened; entry = entry->next) {
+        struct context *ctx = list_entry(entry, struct context, in_process);
+
+        if (context_is_foreign(ctx) || pthread_mutex_trylock(&ctx->lock))
+            continue;
+        send_acks(ctx);
+        tx_flush(ctx);
+        pthread_mutex_unlock(&ctx->lock);
+    }
+    pthread_mutex_unlock(&process_lock);
+}
+
 int progress_init(struct context *ctx)
 {
+    list_init(&ctx->in_process);
     list_init(&ctx->tx_ready);
     list_init(&ctx->acks);
     ctx->grace = GRACE_MAX;
@@ -497,6 +522,9 @@ int progress_init(struct context *ctx)
         ctx->views = NULL;
         return rc;
     }
+    pthread_mutex_lock(&process_lock);
+    list_add_tail(&opened, &ctx->in_process);
+    pthread_mutex_unlock(&process_lock);
     return 0;
 }
 
@@ -514,6 +542,9 @@ void progress_stop(struct context *ctx)
 
 void progress_free(struct context *ctx)
 {
+    pthread_mutex_lock(&process_lock);
+    list_del(&ctx->in_process);
+    pthread_mutex_unlock(&process_lock);
     close(ctx->kick);
     free(ctx->views);
     free(ctx->timers.heap);

@@ -198,7 +198,7 @@ static uint64_t give_up_at(const struct qp *qp)
 static uint64_t retransmit_after(const struct qp *qp)
 {
     const struct requester *req = &qp->req;
-    uint64_t after = req->srtt ? 4 * req->srtt : RTO_FIRST;
+    uint64_t after = req->srtt ? req->srtt + 4 * req->rttvar : RTO_FIRST; /* as TCP, RFC 6298 */
 
     if (after < RTO_MIN)
         after = RTO_MIN;
@@ -584,11 +584,18 @@ static void measure(struct requester *req, uint64_t now)
     if (!req->timed_at || psn_diff(req->una, req->timed_psn) <= 0)
         return;
     sample = now - req->timed_at;
-    req->srtt = req->srtt ? req->srtt - req->srtt / 8 + sample / 8 : sample;
     req->timed_at = 0;
+    if (!req->srtt) {
+        req->srtt = sample;
+        req->rttvar = sample / 2;
+        return;
+    }
+    req->rttvar += (sample > req->srtt ? sample - req->srtt : req->srtt - sample) / 4 - req->rttvar / 4;
+    req->srtt += sample / 8 - req->srtt / 8;
 }
 
-/* The cursor must not stand before what was acknowledged: a late answer overtook the retransmission. */
+/* The cursor must not stand before what was acknowledged: a late answer overtook the retransmission. So nothing was lost,
+ * the peer was only slow, and the window gets back what the timeout took. */
 static void catch_up(struct qp *qp)
 {
     struct requester *req = &qp->req;
@@ -596,6 +603,9 @@ static void catch_up(struct qp *qp)
 
     if (psn_diff(req->una, req->psn) <= 0)
         return;
+    if (req->window < req->undo_window)
+        req->window = req->undo_window;
+    req->undo_window = 0;
     req->psn = req->una;
     while (sq->cursor != sq->head) {
         const struct send_wqe *wqe = wqe_at(sq, sq->cursor);
@@ -627,6 +637,8 @@ static void advance(struct context *ctx, struct qp *qp, uint32_t una)
     measure(req, now);
     grow_window(ctx, qp, count);
     catch_up(qp);
+    if (psn_diff(una, req->undo_until) >= 0)
+        req->undo_window = 0; /* all that the timeout was about is through */
     if (una == req->sent_psn)
         qp->deadline = NEVER;
     else
@@ -829,6 +841,9 @@ void req_timer(struct context *ctx, struct qp *qp, uint64_t now)
     }
     ctx->counters.timeouts++;
     req->backoff++;
+    if (!req->undo_window)
+        req->undo_window = req->window;
+    req->undo_until = req->sent_psn;
     shrink_window(qp, WINDOW_MIN);
     go_back(ctx, qp);
     set_timer(ctx, qp, now);

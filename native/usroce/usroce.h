@@ -272,6 +272,8 @@ struct requester {
     uint32_t reads_head, reads_tail;
     uint32_t window;      /* packets that may be unacknowledged: shrinks with loss, grows with success */
     uint32_t threshold;   /* below it the window grows with every acknowledged packet, beyond it once a round */
+    uint32_t undo_window; /* what a timeout shrank it from; 0: none to undo */
+    uint32_t undo_until;  /* ... when this PSN is acknowledged, there is nothing to undo any more */
     uint32_t window_acks; /* acknowledged since it grew last */
     uint32_t unasked;     /* packets sent since an acknowledgement was asked for */
     bool stalled;         /* the work request at the cursor failed here: nothing is sent beyond it */
@@ -280,7 +282,7 @@ struct requester {
     uint32_t rnr_left;
     unsigned int backoff; /* retransmission timeouts without progress */
     uint64_t last_progress; /* ns; the configured timeouts and retries count from here */
-    uint64_t srtt;        /* ns, smoothed; 0: not measured */
+    uint64_t srtt, rttvar; /* round trip in ns, smoothed, and how much it varies; 0: not measured */
     uint32_t timed_psn;   /* the PSN whose round trip is being measured */
     uint64_t timed_at;    /* 0: none */
 };
@@ -364,6 +366,7 @@ struct context {
     struct verbs_context verbs; /* verbs.context is what the application holds */
     pthread_mutex_t lock;
     unsigned int generation;    /* of the process, see device.c: another one after fork() */
+    bool closed;                /* by the application, which left objects of it behind */
     uint64_t node_guid;         /* network byte order */
     uint16_t udp_port;          /* of every link; published as the LID */
     uint32_t window_bytes;      /* bytes a queue pair may have unacknowledged */
@@ -383,6 +386,7 @@ struct context {
     struct usroce_counters counters;
 
     /* progress.c */
+    struct list in_process;   /* every device this process has open, under process_lock */
     pthread_t thread;
     bool thread_running, stopping;
     int kick;                 /* eventfd that ends the thread's sleep */
@@ -407,6 +411,8 @@ static inline struct context *context_of(struct ibv_context *context)
 bool context_is_foreign(const struct context *ctx);
 /* Covers what belongs to the process and to no device. Taken last; fork() waits for it. */
 extern pthread_mutex_t process_lock;
+/* Gives the lock back after an object was taken off its counter; a device that is closed goes with its last one. */
+void context_unlock(struct context *ctx);
 uint64_t now_ns(void);
 /* Unpredictable numbers: QP numbers, keys. Takes no lock of the device. */
 uint32_t random_u32(void);
