@@ -386,7 +386,7 @@ EXPORT int ibv_dereg_mr(struct ibv_mr *base)
     if (context_is_foreign(ctx))
         return ENODEV;
     pthread_mutex_lock(&ctx->lock);
-    busy = mr->windows > 0;
+    busy = mr->windows > 0 || mr->posted > 0;
     if (!busy) {
         key_remove(ctx, &mr->key);
         pd_of(base->pd)->children--;
@@ -517,16 +517,29 @@ int mw_dealloc(struct ibv_mw *base)
 {
     struct context *ctx = context_of(base->context);
     struct mw *mw = mw_of(base);
+    bool busy;
 
     if (context_is_foreign(ctx))
         return ENODEV;
     pthread_mutex_lock(&ctx->lock);
-    unbind(mw);
-    key_remove(ctx, &mw->key);
-    pd_of(base->pd)->children--;
+    busy = mw->posted > 0;
+    if (!busy) {
+        unbind(mw);
+        key_remove(ctx, &mw->key);
+        pd_of(base->pd)->children--;
+    }
     pthread_mutex_unlock(&ctx->lock);
+    if (busy)
+        return EBUSY;
     free(mw);
     return 0;
+}
+
+void mw_count_posted(struct ibv_mw *mw, struct ibv_mr *mr, int change)
+{
+    mw_of(mw)->posted += (unsigned int)change;
+    if (mr)
+        mr_of(mr)->posted += (unsigned int)change;
 }
 
 /* Whether the window may become what is asked for (IBA 10.6.7.2.2); `info->mr` is there. */

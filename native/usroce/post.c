@@ -180,6 +180,14 @@ static int set_payload(struct qp *qp, struct send_wqe *wqe, const struct ibv_sen
     return rc;
 }
 
+/* The request at the head is in the queue. */
+static void enter(struct qp *qp, const struct send_wqe *wqe)
+{
+    if (wqe->opcode == IBV_WR_BIND_MW)
+        mw_count_posted(wqe->mw, wqe->bind.mr, 1);
+    qp->sq.head++;
+}
+
 static int post_one(struct qp *qp, const struct ibv_send_wr *wr)
 {
     struct send_wqe *wqe;
@@ -196,7 +204,7 @@ static int post_one(struct qp *qp, const struct ibv_send_wr *wr)
     if (!rc)
         rc = check_wqe(qp, wqe);
     if (!rc)
-        qp->sq.head++;
+        enter(qp, wqe);
     return rc;
 }
 
@@ -355,7 +363,8 @@ static int wr_complete(struct ibv_qp_ex *ex)
     if (!rc) {
         pthread_mutex_lock(&ctx->lock);
         if (state_takes_sends(qp)) {
-            qp->sq.head = qp->wr_head;
+            while (qp->sq.head != qp->wr_head)
+                enter(qp, &qp->sq.wqes[qp->sq.head & (qp->sq.capacity - 1)]);
             ring(ctx, qp);
         } else {
             rc = EINVAL;

@@ -67,6 +67,15 @@ static uint32_t window_limit(const struct context *ctx, const struct qp *qp)
     return limit < WINDOW_MAX ? limit : WINDOW_MAX;
 }
 
+/* The oldest work request is out of the queue. */
+static void leave(struct qp *qp)
+{
+    struct send_wqe *wqe = wqe_at(&qp->sq, qp->sq.tail++);
+
+    if (wqe->opcode == IBV_WR_BIND_MW)
+        mw_count_posted(wqe->mw, wqe->bind.mr, -1);
+}
+
 void req_reset(struct context *ctx, struct qp *qp)
 {
     struct requester *req = &qp->req;
@@ -76,7 +85,9 @@ void req_reset(struct context *ctx, struct qp *qp)
     req->una = req->psn = req->sent_psn = qp->attr.sq_psn;
     req->window = req->threshold = window_limit(ctx, qp);
     req->rnr_left = qp->attr.rnr_retry;
-    sq->tail = sq->cursor = sq->head;
+    while (sq->tail != sq->head)
+        leave(qp);
+    sq->cursor = sq->tail;
 }
 
 /* --- completions ------------------------------------------------------------------------------------------ */
@@ -118,7 +129,7 @@ static void complete(struct qp *qp, enum ibv_wc_status status)
         qp->sq.cursor++;
         qp->req.packet = 0;
     }
-    qp->sq.tail++;
+    leave(qp);
     if (wqe->signaled || status != IBV_WC_SUCCESS)
         cq_push((struct cq *)(void *)qp->base.send_cq, &wc, false);
 }

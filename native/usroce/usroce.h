@@ -136,12 +136,14 @@ struct mr {
     struct ibv_mr base;
     struct key key;
     unsigned int windows; /* bound over it: dereg gives EBUSY */
+    unsigned int posted;  /* binds of it in send queues: the same */
 };
 
 struct mw {
     struct ibv_mw base;
     struct key key;
     struct list in_bound; /* while bound: context.bound_windows */
+    unsigned int posted; /* binds of it in send queues: dealloc gives EBUSY */
 };
 
 struct ah {
@@ -471,6 +473,8 @@ uint8_t *key_remote(struct context *ctx, struct qp *qp, uint32_t rkey, uint64_t 
 /* Runs a posted bind (of either type). Returns the completion's status. */
 enum ibv_wc_status mw_bind(struct context *ctx, struct qp *qp, struct ibv_mw *mw, uint32_t new_rkey,
                            const struct ibv_mw_bind_info *info);
+/* A bind entered (+1) or left (-1) a send queue. */
+void mw_count_posted(struct ibv_mw *mw, struct ibv_mr *mr, int change);
 /* Revokes a type-2 window's key: local invalidate, or a SEND with invalidate of the peer. False: no such key. */
 bool key_invalidate(struct context *ctx, struct qp *qp, uint32_t rkey);
 /* A queue pair goes: the type-2 windows bound to it become invalid. */
