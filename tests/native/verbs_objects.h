@@ -24,6 +24,7 @@ enum {
     ALL_RIGHTS = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE |
                  IBV_ACCESS_REMOTE_ATOMIC | IBV_ACCESS_MW_BIND,
     PATIENCE = 20, /* seconds */
+    FIRST_PSN = 0xffffe0, /* so that it starts again at 0 in every test */
 };
 
 static int failures;
@@ -105,7 +106,7 @@ static inline void to_rtr(struct ibv_qp *qp, const struct ibv_qp *peer)
         .qp_state = IBV_QPS_RTR,
         .path_mtu = IBV_MTU_1024,
         .dest_qp_num = peer->qp_num,
-        .rq_psn = 7,
+        .rq_psn = FIRST_PSN,
         .max_dest_rd_atomic = 4,
         .min_rnr_timer = 1,
         .ah_attr = {.is_global = 1, .port_num = 1, .grh = {.hop_limit = 64}},
@@ -122,7 +123,7 @@ static inline void to_rtr(struct ibv_qp *qp, const struct ibv_qp *peer)
 static inline void to_rts(struct ibv_qp *qp)
 {
     struct ibv_qp_attr attr = {
-        .qp_state = IBV_QPS_RTS, .sq_psn = 7, .timeout = 17, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 4};
+        .qp_state = IBV_QPS_RTS, .sq_psn = FIRST_PSN, .timeout = 17, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 4};
 
     REQUIRE(!ibv_modify_qp(qp, &attr,
                            IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
