@@ -865,8 +865,8 @@ static void silence(struct context *ctx)
         qp_to_error(ctx, list_entry(entry, struct qp, in_all), NO_EVENT);
 }
 
-/* As with a kernel device, what is left is dead from now on, and that is no error: perftest leaves a completion queue.
- * The context stays in memory as long as objects point to it. */
+/* As with a kernel device, what is left is dead from now on, and that is no error: perftest leaves a completion
+ * queue. The context stays in memory as long as objects point to it. */
 EXPORT int ibv_close_device(struct ibv_context *context)
 {
     struct context *ctx = context_of(context);

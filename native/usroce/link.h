@@ -1,11 +1,11 @@
-/* What frames travel over. A frame is a RoCE v2 packet from the base transport header to the ICRC: what UDP carries.
+/* What frames travel over. A frame is a RoCE v2 packet from the base transport header to the ICRC: what UDP
+ * carries.
  *
- * A link is one local address. The UDP link is the ground; the fault and the capture link each wrap another one, so
- * that they cost nothing when they are not there. A link for peers on one host (shared memory) will be another
+ * A link is one local address. The UDP link is the ground; the fault and the capture link each wrap another one,
+ * so that they cost nothing when they are not there. A link for peers on one host (shared memory) will be another
  * ground.
  *
- * Called with the device lock held. No call blocks.
- */
+ * Called with the device lock held. No call blocks. / */
 #ifndef LINK_H
 #define LINK_H
 
@@ -92,7 +92,8 @@ struct capture;
 int capture_open(struct capture **capture, const char *path);
 void capture_release(struct capture *capture);
 int link_pcap_open(struct link **link, struct link *below, struct capture *capture);
-/* Takes a wrapper off: the link below is what remains. Frames it still holds are sent. A ground stays what it is. */
+/* Takes a wrapper off: the link below is what remains. Frames it still holds are sent. A ground stays what it is.
+ */
 static inline struct link *link_unwrap(struct link *link)
 {
     return link->ops->unwrap ? link->ops->unwrap(link) : link;

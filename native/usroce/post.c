@@ -1,7 +1,8 @@
 /* Posting: work requests are checked and copied into the queues, and what can be sent is sent at once.
  *
- * Two forms for the send queue: ibv_post_send() with a list, and ibv_wr_start() ... ibv_wr_complete(), whose requests
- * stand beyond the queue's head, unseen by the device, until they are completed. Both hold the queue pair's post_lock. */
+ * Two forms for the send queue: ibv_post_send() with a list, and ibv_wr_start() ... ibv_wr_complete(), whose
+ * requests stand beyond the queue's head, unseen by the device, until they are completed. Both hold the queue
+ * pair's post_lock. */
 #include "usroce.h"
 
 #include <errno.h>
@@ -485,6 +486,7 @@ static void wr_set_inline_data_list(struct ibv_qp_ex *ex, size_t count, const st
     if (!wqe)
         return;
     wqe->flags |= IBV_SEND_INLINE;
+    wqe->length = 0; /* whatever was set before */
     wqe->inline_data = inline_room(qp, wqe);
     for (size_t i = 0; i < count; i++)
         fail_batch(qp, add_inline(qp, wqe, list[i].addr, list[i].length));
@@ -500,9 +502,13 @@ static void wr_set_inline_data(struct ibv_qp_ex *ex, void *addr, size_t length)
 static void wr_set_sge_list(struct ibv_qp_ex *ex, size_t count, const struct ibv_sge *list)
 {
     struct qp *qp = qp_of(ex);
+    struct send_wqe *wqe = qp->wr_current;
 
-    if (qp->wr_current)
-        fail_batch(qp, set_pieces(qp, qp->wr_current, list, count));
+    if (!wqe)
+        return;
+    wqe->flags &= ~(unsigned int)IBV_SEND_INLINE;
+    wqe->inline_data = NULL;
+    fail_batch(qp, set_pieces(qp, wqe, list, count));
 }
 
 static void wr_set_sge(struct ibv_qp_ex *ex, uint32_t lkey, uint64_t addr, uint32_t length)

@@ -3,19 +3,19 @@
  * One pass (`drive`) does everything that can be done without waiting. Two kinds of thread run it:
  *
  * - An application thread that polls a completion queue and finds nothing. So polled operation has no hop between
- *   threads. After a few empty polls in a row it has claimed the device, and the device thread stays out: it wakes once
- *   in a while (`grace`) to see whether the polling goes on.
+ *   threads. After a few polls in a row it has claimed the device, and the device thread stays out: it wakes once in a
+ *   while (`grace`) to see whether the polling goes on.
  * - The device thread, when nobody polls: when the application armed a queue to sleep on its channel, or computes,
  *   or sleeps. It watches the links and serves the peer's one-sided requests then. With nothing to do it sleeps
  *   without a timeout.
  *
- * `grace` adapts: when a claim turns out to be abandoned with packets waiting (a program that polls memory
- * instead of its queue), the thread looks sooner the next time.
+ * `grace` adapts: when a claim turns out to be abandoned with packets waiting (a program that polls memory instead
+ * of its queue), the thread looks sooner the next time.
  *
- * Acknowledgements are owed rather than sent: all packets of a pass are acknowledged by one. A pass run by a polling
- * thread that found it a completion leaves them until the application has posted (an answer, usually), and sends
- * them behind it in the same system call; the next poll, an arm or the device thread sends them otherwise, and the
- * end of the program. */
+ * Acknowledgements are owed rather than sent: all packets of a pass are acknowledged by one. In a
+ * claimed device, a pass that found the application a completion leaves them until it has posted (an answer,
+ * usually), and sends them behind that in the same system call; the next poll, an arm or the device thread sends
+ * them otherwise, and the end of the program. */
 #define _GNU_SOURCE /* ppoll */
 #include "usroce.h"
 
@@ -33,7 +33,7 @@
 
 enum {
     BURST = 128,           /* packets a queue pair may send in one pass, before the others had their turn */
-    CLAIM_AFTER = 4,       /* empty polls in a row */
+    CLAIM_AFTER = 8,       /* polls in a row, without arming a queue in between */
     GRACE_MIN = 50 * 1000, /* ns */
     GRACE_MAX = 1000 * 1000,
 };
@@ -203,6 +203,9 @@ static bool admits(const struct qp *qp, const struct gid_slot *slot, const struc
         return false;
     if (qp->base.qp_type == IBV_QPT_UD)
         return packet->qkey == qp->attr.qkey;
+    /* A peer that published its UDP port sends from it; so nobody else on its host can speak for it. */
+    if (!qp->any_ip_id && qp->remote.port != view->from.port)
+        return false;
     return qp->slot == slot && memcmp(&qp->remote.gid, &view->from.gid, sizeof(view->from.gid)) == 0;
 }
 
@@ -319,14 +322,23 @@ static void flush_due_links(struct context *ctx, uint64_t now)
     }
 }
 
+/* What a passing application thread leaves: the device thread sees to it, should nobody else come. */
+static void leave_rest(struct context *ctx)
+{
+    if (ctx->thread_state != THREAD_WATCHING)
+        return; /* it looks by itself, soon */
+    if (!list_empty(&ctx->tx_ready))
+        wake_by(ctx, 0);
+    else
+        wake_by(ctx, links_deadline(ctx));
+}
+
 void progress_posted(struct context *ctx, struct qp *qp)
 {
     req_transmit(ctx, qp, BURST);
     send_acks(ctx);
     tx_flush(ctx);
-    wake_by(ctx, links_deadline(ctx));
-    if (!list_empty(&ctx->tx_ready))
-        wake_by(ctx, 0);
+    leave_rest(ctx);
 }
 
 /* --- the pass --------------------------------------------------------------------------------------------------- */
@@ -345,7 +357,7 @@ static int drive(struct context *ctx, bool polled)
     if (ctx->timers.count)
         run_timers(ctx, now_ns());
     transmit_all(ctx);
-    if (!polled || !ctx->delivered)
+    if (!ctx->claimed || !ctx->delivered)
         send_acks(ctx);
     tx_flush(ctx);
     if (links_deadline(ctx) != NEVER)
@@ -355,25 +367,25 @@ static int drive(struct context *ctx, bool polled)
 
 void progress_poll(struct context *ctx, bool claim)
 {
-    int received;
-
     ctx->polls++;
     ctx->counters.polls++;
-    received = drive(ctx, true);
-    if (received)
-        ctx->empty_polls = 0;
-    else if (claim && ++ctx->empty_polls >= CLAIM_AFTER)
+    drive(ctx, true);
+    if (claim && !ctx->claimed && ++ctx->polls_in_a_row >= CLAIM_AFTER) {
         ctx->claimed = true;
+        wake_by(ctx, 0); /* to stay out from now on, and look after what is left when the polling ends */
+    }
+    leave_rest(ctx);
 }
 
 void progress_hand_over(struct context *ctx)
 {
     ctx->claimed = false;
-    ctx->empty_polls = 0;
+    ctx->polls_in_a_row = 0;
     if (!list_empty(&ctx->acks)) {
         send_acks(ctx);
         tx_flush(ctx);
     }
+    leave_rest(ctx);
     if (ctx->thread_state == THREAD_STAYING_OUT)
         kick(ctx);
 }

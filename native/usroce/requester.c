@@ -1,18 +1,18 @@
 /* The requester: work requests of the send queue become packets, what comes back becomes completions.
  *
- * Three indices run over the send queue: `head` (posted), `cursor` (transmitted), `tail` (completed). PSNs are given to a
- * work request when its first packet is sent, and stay with it; `una` is the oldest PSN without an answer, `psn` the next
- * to send. Loss is repaired by going back: cursor and psn return to una, and everything from there is sent again
- * (IBA 9.7.5: a responder drops what it did not expect).
+ * Three indices run over the send queue: `head` (posted), `cursor` (transmitted), `tail` (completed). PSNs are
+ * given to a work request when its first packet is sent, and stay with it; `una` is the oldest PSN without an
+ * answer, `psn` the next to send. Loss is repaired by going back: cursor and psn return to una, and everything
+ * from there is sent again (IBA 9.7.5: a responder drops what it did not expect).
  *
  * What acknowledges: an ACK with PSN p acknowledges all up to p, but no read or atomic, which only its own
- * response does. So a response or ACK beyond an unanswered read says that responses were lost. Read responses are not
- * acknowledged by anybody; therefore a large read is asked for in pieces of what the window allows, so that they cannot
- * overrun our own socket.
+ * response does. So a response or ACK beyond an unanswered read says that responses were lost. Read responses are
+ * not acknowledged by anybody; therefore a large read is asked for in pieces of what the window allows, so that
+ * they cannot overrun our own socket.
  *
- * Time. `ack_timeout` and retry_cnt say when the peer is given up: (retry_cnt + 1) * ack_timeout after the last progress.
- * Packets are sent again much sooner, after a few measured round trips, and then less and less often: a lost packet
- * should not cost a timeout that was configured for the death of a host.
+ * Time. `ack_timeout` and retry_cnt say when the peer is given up: (retry_cnt + 1) * ack_timeout after the last
+ * progress. Packets are sent again much sooner, after a few measured round trips, and then less and less often: a
+ * lost packet should not cost a timeout that was configured for the death of a host.
  *
  * The window shrinks when packets are lost (to a few after a timeout, by half after a NAK) and grows with
  * acknowledgements, first fast and then by one a round trip. */
@@ -142,11 +142,13 @@ void req_flush(struct context *ctx, struct qp *qp)
     qp->req.stalled = qp->req.rnr_waiting = false;
 }
 
-/* The oldest work request failed: it completes with `status`, the rest is flushed. A connection is dead then; the send
- * queue of an unreliable or datagram queue pair stops in SQE and can be started again. */
+/* The oldest work request failed: it completes with `status`, the rest is flushed. A connection is dead then; the
+ * send queue of an unreliable or datagram queue pair stops in SQE and can be started again. */
 static void fail(struct context *ctx, struct qp *qp, enum ibv_wc_status status)
 {
     complete(qp, status);
+    if (qp->base.state == IBV_QPS_ERR) /* the completion queue overran */
+        return;
     if (qp->base.qp_type == IBV_QPT_RC) {
         qp_to_error(ctx, qp, NO_EVENT);
         return;
@@ -476,6 +478,10 @@ static enum step run_local(struct context *ctx, struct qp *qp, struct send_wqe *
 
 static enum step transmit_step(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
 {
+    if (wqe->status != IBV_WC_SUCCESS) { /* failed before those in front of it were sent again */
+        qp->req.stalled = true;
+        return STEP_BLOCKED;
+    }
     if (!wqe->started) {
         if (qp->base.state != IBV_QPS_RTS)
             return STEP_BLOCKED; /* draining: only what was begun goes on */
@@ -556,6 +562,7 @@ static void go_back(struct context *ctx, struct qp *qp)
     req->timed_at = 0;
     req->unasked = 0;
     req->recovering = true;
+    req->stalled = false; /* it stalls there again */
     progress_tx_ready(ctx, qp);
 }
 
@@ -605,8 +612,8 @@ static void measure(struct requester *req, uint64_t now)
     req->srtt += sample / 8 - req->srtt / 8;
 }
 
-/* The cursor must not stand before what was acknowledged: a late answer overtook the retransmission. So nothing was lost,
- * the peer was only slow, and the window gets back what the timeout took. */
+/* The cursor must not stand before what was acknowledged: a late answer overtook the retransmission. So nothing
+ * was lost, the peer was only slow, and the window gets back what the timeout took. */
 static void catch_up(struct qp *qp)
 {
     struct requester *req = &qp->req;
@@ -659,18 +666,23 @@ static void advance(struct context *ctx, struct qp *qp, uint32_t una)
         progress_tx_ready(ctx, qp);
 }
 
-/* The peer has all up to and including `psn`, or says something about what follows it. Stops before a read or atomic that
- * has no response: false, and what was lost is sent again. */
+/* The peer has all up to and including `psn`, or says something about what follows it. Stops before a read or
+ * atomic that has no response: false, and what was lost is sent again. */
 static bool acknowledge(struct context *ctx, struct qp *qp, uint32_t psn)
 {
     struct requester *req = &qp->req;
     uint32_t una = psn_add(psn, 1);
     bool gap = false;
 
+    if (una == req->una)
+        return true;
     for (uint32_t i = qp->sq.tail; i != qp->sq.head; i++) {
         const struct send_wqe *wqe = wqe_at(&qp->sq, i);
 
-        if (!wqe->started || (!is_local(wqe) && psn_diff(wqe->first_psn, psn) > 0))
+        if (!wqe->started)
+            break;
+        /* The oldest one is concerned: it began at una or before, perhaps so far that PSNs have come round. */
+        if (i != qp->sq.tail && !is_local(wqe) && psn_diff(wqe->first_psn, psn) > 0)
             break;
         if (is_answered(wqe) && !wqe->done) {
             una = psn_diff(req->una, wqe->first_psn) > 0 ? req->una : wqe->first_psn;

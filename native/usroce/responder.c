@@ -1,11 +1,11 @@
 /* The responder: request packets become memory accesses and receive completions, and are answered.
  *
- * A packet is carried out when its PSN is the expected one. A later one means a gap: it is dropped, and the peer is told
- * once (NAK, PSN sequence error). An earlier one is a duplicate: SENDs and WRITEs are acknowledged again, reads are
- * answered again, and atomics get the answer they got, from the ring of resources (IBA 9.7.5.1).
+ * A packet is carried out when its PSN is the expected one. A later one means a gap: it is dropped, and the peer
+ * is told once (NAK, PSN sequence error). An earlier one is a duplicate: SENDs and WRITEs are acknowledged again,
+ * reads are answered again, and atomics get the answer they got, from the ring of resources (IBA 9.7.5.1).
  *
- * Answers leave in order: read responses and atomic answers are jobs in a ring, and an acknowledgement that is owed
- * waits until the ring is empty, because it would acknowledge what comes after them.
+ * Answers leave in order: read responses and atomic answers are jobs in a ring, and an acknowledgement that is
+ * owed waits until the ring is empty, because it would acknowledge what comes after them.
  *
  * What a request may touch is looked up for each packet anew: a region may go away in the middle of a message. */
 #include "usroce.h"
@@ -113,7 +113,8 @@ void resp_send_ack(struct context *ctx, struct qp *qp)
     tx_end(&out);
 }
 
-/* The request at epsn breaks the rules: the last answer says so, and the connection is dead (IBA 9.9.3, class C). */
+/* The request at epsn breaks the rules: the last answer says so, and the connection is dead (IBA 9.9.3, class C).
+ */
 static void refuse(struct context *ctx, struct qp *qp, uint8_t syndrome)
 {
     enum ibv_event_type event =
@@ -338,13 +339,15 @@ static void receive_send(struct context *ctx, struct qp *qp, const struct packet
         resp->length = 0;
     }
     if (packet->length > resp->wqe_length - resp->length) {
-        complete_receive_error(qp, IBV_WC_LOC_LEN_ERR);
+        if (qp->base.qp_type == IBV_QPT_RC) /* else the receive is for the next message */
+            complete_receive_error(qp, IBV_WC_LOC_LEN_ERR);
         refuse(ctx, qp, WIRE_NAK_INVALID_REQUEST);
         return;
     }
     if (!sge_scatter(ctx, qp->base.pd, resp->sge, resp->length, packet->payload, packet->length)) {
         complete_receive_error(qp, IBV_WC_LOC_PROT_ERR);
         refuse(ctx, qp, WIRE_NAK_REMOTE_OPERATION);
+        qp_to_error(ctx, qp, NO_EVENT);
         return;
     }
     resp->length += packet->length;
@@ -362,8 +365,6 @@ static bool begin_write(struct context *ctx, struct qp *qp, const struct packet 
 {
     struct responder *resp = &qp->resp;
 
-    if (packet->dma_length > MAX_MSG)
-        return false;
     if (!(qp->attr.qp_access_flags & IBV_ACCESS_REMOTE_WRITE))
         return false;
     if (packet->dma_length &&
@@ -383,6 +384,10 @@ static void receive_write(struct context *ctx, struct qp *qp, const struct packe
     bool starts = packet->traits & WIRE_STARTS, ends = packet->traits & WIRE_ENDS;
     uint8_t *host;
 
+    if (starts && packet->dma_length > MAX_MSG) {
+        refuse(ctx, qp, WIRE_NAK_INVALID_REQUEST);
+        return;
+    }
     if (starts && !begin_write(ctx, qp, packet)) {
         refuse(ctx, qp, WIRE_NAK_REMOTE_ACCESS);
         return;
@@ -536,10 +541,12 @@ static void receive_in_order(struct context *ctx, struct qp *qp, const struct pa
 
 /* --- duplicates ------------------------------------------------------------------------------------------------ */
 
+/* The newest first: an old one may have the same PSN, from the round before. */
 static struct resource *find_resource(struct responder *resp, uint32_t psn, bool atomic)
 {
-    for (uint32_t i = 0; i < resp->num_resources; i++) {
-        struct resource *resource = &resp->resources[i];
+    for (uint32_t i = 1; i <= resp->num_resources; i++) {
+        struct resource *resource =
+            &resp->resources[(resp->next_resource + resp->num_resources - i) % resp->num_resources];
 
         if (resource->used && resource->atomic == atomic && psn_diff(psn, resource->first_psn) >= 0 &&
             psn_diff(resource->last_psn, psn) >= 0)
@@ -561,7 +568,8 @@ static struct job *find_job(struct responder *resp, uint32_t psn)
     return NULL;
 }
 
-/* A read is asked for again, from the packet on that the peer misses. It must be within the one that was granted. */
+/* A read is asked for again, from the packet on that the peer misses. It must be within the one that was granted.
+ */
 static void repeat_read(struct context *ctx, struct qp *qp, const struct packet *packet)
 {
     const struct resource *resource = find_resource(&qp->resp, packet->psn, false);
@@ -659,8 +667,8 @@ static void receive_unreliable(struct context *ctx, struct qp *qp, const struct 
     resp->epsn = psn_add(packet->psn, 1);
 }
 
-/* The IP header of a datagram as the 40 bytes that precede it in the receive buffer (IBA A17.4.5.2): an IPv6 header, or
- * 20 bytes of nothing and an IPv4 header. */
+/* The IP header of a datagram as the 40 bytes that precede it in the receive buffer (IBA A17.4.5.2): an IPv6
+ * header, or 20 bytes of nothing and an IPv4 header. */
 static void build_grh(uint8_t *grh, const struct gid_slot *slot, const struct view *view)
 {
     uint16_t udp_size = htons((uint16_t)(view->size + 8));

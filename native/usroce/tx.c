@@ -1,8 +1,8 @@
-/* Packets on their way out: a buffer for the headers and small payload of each, the seal, and the batch that a flush
- * hands to the kernel.
+/* Packets on their way out: a buffer for the headers and small payload of each, the seal, and the batch that a
+ * flush hands to the kernel.
  *
- * Payload that is not small is not copied: the link sends it from registered memory. So everything queued is flushed
- * before the device lock is given back, while the memory still is what it was when it was looked up. */
+ * Payload that is not small is not copied: the link sends it from registered memory. So everything queued is
+ * flushed before the device lock is given back, while the memory still is what it was when it was looked up. */
 #include "usroce.h"
 
 #include <endian.h>

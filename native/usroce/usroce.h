@@ -395,7 +395,7 @@ struct context {
     enum { THREAD_BUSY, THREAD_WATCHING, THREAD_STAYING_OUT } thread_state;
     uint64_t wake_at;         /* watching: until then */
     bool claimed;             /* an application thread polls: the device thread stays out */
-    uint32_t empty_polls;     /* in a row */
+    uint32_t polls_in_a_row;  /* since a queue was armed last */
     uint64_t polls;
     uint64_t grace;           /* ns without a poll after which the device thread takes over */
     bool delivered;           /* this pass handed something to the application */
@@ -408,12 +408,13 @@ static inline struct context *context_of(struct ibv_context *context)
 
 /* --- device.c ----------------------------------------------------------------------------------------- */
 
-/* True in a process that forked after `ctx` was opened: every exported function then refuses with ENODEV, before it
- * touches the lock. Says so once on stderr. */
+/* True in a process that forked after `ctx` was opened: every exported function then refuses with ENODEV, before
+ * it touches the lock. Says so once on stderr. */
 bool context_is_foreign(const struct context *ctx);
 /* Covers what belongs to the process and to no device. Taken last; fork() waits for it. */
 extern pthread_mutex_t process_lock;
-/* Gives the lock back after an object was taken off its counter; a device that is closed goes with its last one. */
+/* Gives the lock back after an object was taken off its counter; a device that is closed goes with its last one.
+ */
 void context_unlock(struct context *ctx);
 uint64_t now_ns(void);
 /* Unpredictable numbers: QP numbers, keys. Takes no lock of the device. */
@@ -510,13 +511,13 @@ int address_resolve(struct context *ctx, const struct ibv_ah_attr *attr, struct 
 
 /* --- qp.c --------------------------------------------------------------------------------------------------------- */
 
-/* Copies into the pieces of a list, from `offset` on. False: a key does not stand for what is to be written. The pieces
- * together have room for it. */
+/* Copies into the pieces of a list, from `offset` on. False: a key does not stand for what is to be written. The
+ * pieces together have room for it. */
 bool sge_scatter(struct context *ctx, struct ibv_pd *pd, const struct ibv_sge *sge, uint32_t offset,
                  const void *data, uint32_t size);
 struct ibv_qp *qp_create_ex(struct ibv_context *context, struct ibv_qp_init_attr_ex *attr);
-/* To ERR: everything posted completes with WR_FLUSH_ERR, unless it completed before. `event` (0 for none) is told to
- * the application. Safe in any state. */
+/* To ERR: everything posted completes with WR_FLUSH_ERR, unless it completed before. `event` (0 for none) is told
+ * to the application. Safe in any state. */
 void qp_to_error(struct context *ctx, struct qp *qp, enum ibv_event_type event);
 static inline bool qp_has_event(enum ibv_event_type event)
 {
@@ -566,8 +567,8 @@ void progress_stop(struct context *ctx);
 void progress_free(struct context *ctx);
 /* The device thread runs from the first queue pair on. */
 int progress_start_thread(struct context *ctx);
-/* A polling thread found nothing: drive the device once. `claim`: keep the device thread out meanwhile, if this goes
- * on. */
+/* A polling thread found nothing: drive the device once. `claim`: keep the device thread out meanwhile, if this
+ * goes on. */
 void progress_poll(struct context *ctx, bool claim);
 /* The application will sleep on a channel: the device thread takes over. */
 void progress_hand_over(struct context *ctx);

@@ -79,7 +79,8 @@ enum wire_syndrome {
 #define WIRE_AETH_KIND(syndrome) ((syndrome) & 0x60)
 #define WIRE_AETH_VALUE(syndrome) ((syndrome) & 0x1f)
 
-/* A parsed packet. Numbers are in host order, `imm` as it was on the wire. What its traits do not announce is 0. */
+/* A parsed packet. Numbers are in host order, `imm` as it was on the wire. What its traits do not announce is 0.
+ */
 struct packet {
     uint8_t opcode;
     uint32_t traits; /* enum wire_traits */
