@@ -10,21 +10,22 @@ RXE := $(PY) -m tools.rxe run --
 # The virtual machine is slow at compiling: byte code must be written. (Python takes empty for unset.)
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint sanitize bench setup clean
+.PHONY: help demo test lint sanitize bench bench-usroce setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      a first look: two peers on a soft-RoCE device"
-	@echo "make test      the test suite: without a device here, then with soft-RoCE [ARGS=\"pytest arguments\"]"
+	@echo "make demo      a first look: two processes on usroce, the device in user space"
+	@echo "make test      the test suite: without a device, on usroce, on soft RoCE [ARGS=\"pytest arguments\"]"
 	@echo "make lint      ruff, mypy --strict, the C code with -Werror"
 	@echo "make sanitize  the tests with the C code under ASan and UBSan [ARGS=\"pytest arguments\"]"
 	@echo "make bench     benchmarks on a soft-RoCE device [ARGS=\"benchmarks.core arguments\"]"
+	@echo "make bench-usroce  the user-space device beside plain UDP [ARGS=\"benchmarks.usroce arguments\"]"
 	@echo "make setup     only what the others do first: packages, .venv, extension"
 	@echo "make clean     removes everything built, and .venv"
 
 demo:
 	@$(PYTHON3) tools/setup.py --for demo
-	@$(RXE) $(PY) examples/demo.py $(ARGS)
+	@AIORDMA_DEVICE=$${AIORDMA_DEVICE:-usroce0} $(PY) examples/demo.py $(ARGS)
 
 test:
 	@$(PYTHON3) tools/setup.py --for test
@@ -41,6 +42,10 @@ sanitize:
 bench:
 	@$(PYTHON3) tools/setup.py --for bench
 	@$(RXE) $(PY) -m benchmarks.core $(ARGS)
+
+bench-usroce:
+	@$(PYTHON3) tools/setup.py --for bench
+	@$(PY) -m benchmarks.usroce $(ARGS)
 
 setup:
 	@$(PYTHON3) tools/setup.py --for lint

@@ -1,12 +1,14 @@
 """An RDMA device in an event loop: what all connections of one loop on one device share.
 
 Context, protection domain, reactor and memory pool are opened by the first user and closed when the last one
-has left, so a program that has no connection holds no device.
+has left, so a program that has no connection holds no device. A usroce device that was given other addresses
+(``Config.usroce_address``) is another device here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import weakref
 from dataclasses import dataclass
@@ -15,10 +17,14 @@ from .config import Config
 from .cq_reactor import CqReactor
 from .errors import DeviceError
 from .mr_pool import MemoryPool
-from .verbs import Context, Device, ProtectionDomain, Transport, devices
+from .verbs import Context, Device, ProtectionDomain, Transport, devices, usroce
 from .verbs.gid_choice import Address, GidChoice, choose_gid, interface_addresses
+from .verbs.provider import usroce_is_off
 
-_adapters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Adapter]] = (
+#: What tells adapters of one loop apart: the device, and for usroce the addresses it was given.
+_Key = tuple[str, str | None]
+
+_adapters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, Adapter]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -29,9 +35,10 @@ class Adapter:
     The pool's limits come from the ``config`` of the first user.
     """
 
-    def __init__(self, context: Context, config: Config) -> None:
+    def __init__(self, context: Context, config: Config, key: _Key) -> None:
         self.loop = asyncio.get_running_loop()
         self.context = context
+        self._key = key
         self.name = context.name
         self.users = 0
         try:
@@ -54,7 +61,7 @@ class Adapter:
         """One user less; the last one closes the device."""
         self.users -= 1
         if self.users == 0:
-            _adapters.get(self.loop, {}).pop(self.name, None)
+            _adapters.get(self.loop, {}).pop(self._key, None)
             try:
                 self.pool.close()
             finally:
@@ -73,19 +80,14 @@ class Route:
 def open_route(device: str | None, local: Address | None, remote: Address | None, config: Config) -> Route:
     """The device and GID for a connection between these addresses; the adapter is in use once more.
 
-    ``device`` None means ``AIORDMA_DEVICE``, else the first device with an active port that reaches the peer.
-    Raises :class:`DeviceError` that says, for each device, why not.
+    ``device`` None means ``AIORDMA_DEVICE``, else the first device with an active port that reaches the peer,
+    usroce after the real ones. Raises :class:`DeviceError` that says, for each device, why not.
     """
     wanted = device or os.environ.get("AIORDMA_DEVICE") or None
     found = devices()
     candidates = [d for d in found if wanted in (None, d.name)]
     if not candidates:
-        have = ", ".join(d.name for d in found) or "none"
-        raise DeviceError(
-            f"no RDMA device {wanted!r} on this machine (there are: {have})"
-            if wanted
-            else "no RDMA device on this machine; `python -m aiordma doctor` says how to get one"
-        )
+        raise DeviceError(_no_device(wanted, found))
     try:
         interfaces = interface_addresses()
     except OSError:
@@ -99,6 +101,14 @@ def open_route(device: str | None, local: Address | None, remote: Address | None
                 raise
             reasons.append(f"{candidate.name}: {error}")
     raise DeviceError("no device reaches the peer:\n" + "\n".join(reasons))
+
+
+def _no_device(wanted: str | None, found: list[Device]) -> str:
+    if wanted:
+        have = ", ".join(device.name for device in found) or "none"
+        return f"no RDMA device {wanted!r} on this machine (there are: {have})"
+    switched_off = " and usroce is switched off (AIORDMA_USROCE=0)" if usroce_is_off() else ""
+    return f"no RDMA device on this machine{switched_off}; `python -m aiordma doctor` says how to get one"
 
 
 def _route_on(
@@ -121,16 +131,40 @@ def _route_on(
             port=config.port,
             gid_index=config.gid_index,
         )
+    except DeviceError as error:
+        adapter.release()
+        if device.is_usroce and local is not None:
+            raise DeviceError(f"{error}\n{_usroce_fix(adapter.context.name, local)}") from None
+        raise
     except Exception:
         adapter.release()
         raise
     return Route(adapter, choice)
 
 
+def _usroce_fix(name: str, local: Address) -> str:
+    return (
+        f"{name} has the addresses it was given only, by default those of loopback. So that other machines "
+        f"reach it: AIORDMA_USROCE_ADDRESS={local} or Config(usroce_address={str(local)!r})"
+    )
+
+
 def acquire_adapter(device: Device, config: Config) -> Adapter:
     """The running loop's adapter for ``device``, opened if need be, in use once more."""
     adapters = _adapters.setdefault(asyncio.get_running_loop(), {})
-    adapter = adapters.get(device.name)
+    address = _plain(config.usroce_address) if device.is_usroce and config.usroce_address else None
+    key = (device.name, address)
+    adapter = adapters.get(key)
     if adapter is None:
-        adapter = adapters[device.name] = Adapter(device.open(), config)
+        if address is None:
+            context = device.open()
+        else:
+            with usroce.options(address=address):
+                context = device.open()
+        adapter = adapters[key] = Adapter(context, config, key)
     return adapter.use()
+
+
+def _plain(addresses: str) -> str:
+    """Equal for equal lists of addresses, however written."""
+    return ",".join(str(ipaddress.ip_address(word.strip())) for word in addresses.split(","))

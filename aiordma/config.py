@@ -7,6 +7,7 @@ handshake (the smaller value wins); the others are each side's own business.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -108,6 +109,14 @@ class Config:
         default=None,
         metadata={"unit": "index", "doc": "GID of the port; None: chosen by the bootstrap socket's address"},
     )
+    usroce_address: str | None = field(
+        default=None,
+        metadata={
+            "unit": "IP addresses",
+            "doc": "addresses of this host that the usroce device has, separated by commas; None: the environment "
+            "variable AIORDMA_USROCE_ADDRESS, else 127.0.0.1 and ::1, which only this machine reaches",
+        },
+    )
     service_level: int = _knob(0, 0, 15, "SL", doc="InfiniBand service level")
     traffic_class: int = _knob(
         0, 0, 255, "", doc="GRH traffic class; RoCE v2: the IP header's DSCP and ECN bits"
@@ -144,6 +153,8 @@ class Config:
             raise MisuseError(
                 f"Config.huge_pages={self.huge_pages!r}: one of {', '.join(get_args(HugePages))}"
             )
+        if self.usroce_address is not None:
+            _check_addresses(self.usroce_address)
         if self.mtu & (self.mtu - 1):
             raise MisuseError(f"Config.mtu={self.mtu}: one of 256, 512, 1024, 2048, 4096")
         if self.slab_size % 4096:
@@ -170,3 +181,16 @@ class Config:
     def knobs(cls) -> list[dict[str, Any]]:
         """Name, default, unit, range (``low``, ``high``) and meaning (``doc``) of every knob."""
         return [{"name": f.name, "default": f.default, **f.metadata} for f in dataclasses.fields(cls)]
+
+
+def _check_addresses(text: object) -> None:
+    """One or more addresses that a RoCE GID can stand for."""
+    words = text.split(",") if isinstance(text, str) else []
+    try:
+        addresses = [ipaddress.ip_address(word.strip()) for word in words]
+    except ValueError:
+        addresses = []
+    if not addresses or any(a.is_unspecified or a.is_multicast or "%" in str(a) for a in addresses):
+        raise MisuseError(
+            f"Config.usroce_address={text!r}: IPv4 or IPv6 addresses of this host, separated by commas"
+        )

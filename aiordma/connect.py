@@ -366,8 +366,9 @@ def connect(
 
     ``host`` and ``port`` are those of the server's TCP bootstrap; which RDMA device and GID carry the data
     follows from the address that TCP uses (``conn.route.choice.explain()`` tells). ``device`` None means
-    ``AIORDMA_DEVICE``, else an active port that reaches the peer. ``ssl`` and ``token`` protect the bootstrap;
-    what RDMA itself moves is not encrypted. ``timeout`` in seconds covers everything, None is for ever.
+    ``AIORDMA_DEVICE``, else an active port that reaches the peer, usroce's last. ``ssl`` and ``token`` protect
+    the bootstrap; what RDMA itself moves is not encrypted. ``timeout`` in seconds covers everything, None is for
+    ever.
 
     Raises OSError as asyncio does when TCP cannot connect, :class:`BootstrapError` (version, token, TLS,
     timeout, malformed, incompatible) when the handshake fails, :class:`DeviceError` when there is no device for
@@ -481,7 +482,11 @@ class _ServerChannel(_Channel):
             connection = Connection(route, self.config, self.peer)
             try:
                 check_compatible(
-                    remote, link_layer=_link_layer(route), gid_type=_gid_type(route), gid=_gid(route)
+                    remote,
+                    link_layer=_link_layer(route),
+                    gid_type=_gid_type(route),
+                    gid=_gid(route),
+                    lid=route.choice.port.lid,
                 )
             except BootstrapError:
                 route.adapter.release()

@@ -1,6 +1,6 @@
 """What RDMA from asyncio looks like: a file to another process and back, calls, a counter of two processes.
 
-    python examples/demo.py
+    python examples/demo.py             on the first RDMA device, else on usroce; AIORDMA_DEVICE names one
 
 This process is the client; it starts a second one, the server. A real file (this repository's packed history,
 or its sources) goes over by RDMA WRITE, is checked and stored, and comes back by RDMA READ; RPC calls and
@@ -165,12 +165,16 @@ def describe(connection: aiordma.Connection, config: aiordma.Config) -> str:
     """Prints what carries the data; returns a label for what is measured on it."""
     name = connection.route.adapter.name
     sysfs = Path("/sys/class/infiniband") / name
-    emulated = not sysfs.exists() or "/virtual/" in str(sysfs.resolve())
-    label = "an emulated device, in software" if emulated else "a real device"
+    if connection.route.adapter.context.is_usroce:
+        label = "RoCE v2 in user space"
+    elif not sysfs.exists() or "/virtual/" in str(sysfs.resolve()):
+        label = "a device in software"
+    else:
+        label = "a real device"
     print(f"device      {name} ({label}), mode {config.mode}, MTU {connection.statistics().mtu} bytes")
     print(f"GID         {connection.route.choice.explain().splitlines()[0]}")
     print(f"processes   client {os.getpid()}, server at {connection.peer}")
-    return f"on {label}"
+    return f"on {name}, {label}"
 
 
 async def move_file(connection: aiordma.Connection, folder: Path, label: str) -> None:

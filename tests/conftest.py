@@ -1,7 +1,9 @@
 """What every test gets: both event loops, a device or a reason, and a check that nothing leaks.
 
-Tests marked `device` need an RDMA device. Without one they are skipped with that reason, unless
-AIORDMA_REQUIRE names a device (CI sets AIORDMA_REQUIRE=rxe): then its absence is a failure.
+Tests marked `device` run on the device that AIORDMA_DEVICE names, else on the first real one, else on usroce.
+Those marked `rxe` are deselected on usroce, those marked `usroce` on any other device. Without a device they are
+skipped with that reason, unless AIORDMA_REQUIRE asks for one ("usroce", or "rxe" for a real one): then its absence
+is a failure.
 """
 
 from __future__ import annotations
@@ -10,9 +12,16 @@ import asyncio
 import gc
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import uvloop
+
+if TYPE_CHECKING:
+    from aiordma.verbs import Device
+
+#: Our own fixtures for users; the checkout is not installed, so pytest does not find them by itself.
+pytest_plugins = ["aiordma.pytest_plugin", "pytester"]
 
 
 def debug_loop() -> asyncio.AbstractEventLoop:
@@ -32,18 +41,30 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 uvloop.new_event_loop().close()
 
 
+def device_under_test() -> Device:
+    """The device that the tests run on."""
+    from aiordma import devices
+
+    wanted = os.environ.get("AIORDMA_DEVICE")
+    return next(device for device in devices() if wanted in (None, "", device.name))
+
+
 def missing_device() -> str | None:
-    """Why there is no device here, or None when there is one."""
+    """Why there is no device here, or not the one required, or None when all is there."""
     from aiordma import devices
     from aiordma.errors import DeviceError
 
     try:
-        names = [device.name for device in devices()]
+        found = devices()
     except DeviceError as error:
         return str(error)
+    names = [device.name for device in found]
     wanted = os.environ.get("AIORDMA_DEVICE")
     if wanted and wanted not in names:
         return f"AIORDMA_DEVICE={wanted} is not among {names}"
+    for required in required_devices():
+        if not any(device.is_usroce == (required == "usroce") for device in found):
+            return f"{required} is required and not among {names}"
     return None if names else "no RDMA device on this machine"
 
 
@@ -51,15 +72,35 @@ def required_devices() -> list[str]:
     return [name for name in os.environ.get("AIORDMA_REQUIRE", "").split(",") if name]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not any(item.get_closest_marker("device") for item in items):
         return
     reason = missing_device()
-    if reason is not None and not required_devices():
+    if reason is None:
+        device = device_under_test()
+        os.environ["AIORDMA_DEVICE"] = (
+            device.name
+        )  # for the programs that tests start, and against second choices
+        deselect(config, items, "rxe" if device.is_usroce else "usroce")
+        return
+    if os.environ.get("AIORDMA_USROCE") == "0":
+        deselect(config, items, "usroce")
+    if not required_devices():
         skip = pytest.mark.skip(reason=reason)
         for item in items:
             if item.get_closest_marker("device"):
                 item.add_marker(skip)
+
+
+def deselect(config: pytest.Config, items: list[pytest.Item], marker: str) -> None:
+    """Leaves out the tests of the other kind of device; what needs both, rxe and usroce, runs where rxe is."""
+    out = [
+        item
+        for item in items
+        if item.get_closest_marker(marker) and (marker == "rxe" or not item.get_closest_marker("rxe"))
+    ]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True)

@@ -147,6 +147,84 @@ class TestNoDevice:
         assert list(doctor.check_nodes(scene(tmp_path, REPORT))) == []
 
 
+USROCE_GID = GidEntry(1, 0, ipaddress.IPv6Address("::ffff:127.0.0.1"), GidType.ROCE_V2, "lo")
+USROCE_PORT = dataclasses.replace(PORT, lid=4791)
+USROCE = DeviceReport("usroce0", Transport.IB, None, ATTRIBUTES, (USROCE_PORT,), (USROCE_GID,), usroce=True)
+LIBRARY = cast(Provider, object())
+
+
+class TestUsroce:
+    def findings(self, machine: Scene) -> dict[str, Finding]:
+        return {finding.name: finding for finding in doctor.diagnose(machine)}
+
+    def test_a_machine_without_anything_else_is_well(self, tmp_path: Path) -> None:
+        machine = scene(tmp_path, USROCE, usroce=LIBRARY)
+        machine = dataclasses.replace(machine, library_error="libibverbs.so.1 cannot be used; install it")
+        found = self.findings(machine)
+        assert {finding.status for finding in found.values()} == {"ok"}
+        assert "usroce needs none" in found["verbs library"].found
+        assert "apt install libibverbs1" in (found["verbs library"].fix or "")
+        assert "usroce is used" in found["kernel devices"].found
+        assert "pins no memory" in found["locked memory"].found
+        assert "forked child" in found["fork safety"].found
+
+    def test_it_excuses_no_fault_of_real_devices(self, tmp_path: Path) -> None:
+        found = self.findings(scene(tmp_path, DOWN, USROCE, usroce=LIBRARY))
+        assert found["port dev0/1"].status == "problem"
+        assert found["port usroce0/1"].status == "ok"
+        assert found["GID of dev0"].status == "problem"
+        (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
+        found = self.findings(scene(tmp_path, USROCE, usroce=LIBRARY))
+        assert found["verbs library"].status == "problem"
+        assert found["devices"].status == "problem"
+
+    def test_a_library_that_does_not_open(self, tmp_path: Path) -> None:
+        machine = scene(tmp_path, usroce_error="libusroce.so cannot be used: no such file; install it anew")
+        finding = only(doctor.check_usroce, machine)
+        assert (finding.status, finding.fix) == ("problem", "install it anew")
+        machine = dataclasses.replace(machine, reports=(REPORT,))
+        assert only(doctor.check_usroce, machine).status == "warning"
+
+    def test_switched_off(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AIORDMA_USROCE", "0")
+        assert "AIORDMA_USROCE=0" in only(doctor.check_usroce, scene(tmp_path)).found
+
+    @pytest.mark.parametrize(
+        ("address", "private"), [("::ffff:127.0.0.1", True), ("::1", True), ("::ffff:10.0.0.1", False)]
+    )
+    def test_who_reaches_it(self, tmp_path: Path, address: str, private: bool) -> None:
+        gid = dataclasses.replace(USROCE_GID, gid=ipaddress.IPv6Address(address))
+        report = dataclasses.replace(USROCE, gids=(gid,))
+        finding = self.findings(scene(tmp_path, report))["addresses of usroce0"]
+        assert str(gid.address) in finding.found
+        assert ("only this machine" in finding.found) is private
+        assert ("AIORDMA_USROCE_ADDRESS" in (finding.fix or "")) is private
+
+    def test_the_port_is_taken(self, tmp_path: Path) -> None:
+        port = dataclasses.replace(USROCE_PORT, lid=50_000)
+        machine = scene(tmp_path, dataclasses.replace(USROCE, ports=(port,)))
+        assert "by another process" in self.findings(machine)["UDP port 4791"].found
+        write(tmp_path / "sys/class/infiniband/rxe0/parent", "eth0")
+        finding = self.findings(machine)["UDP port 4791"]
+        assert "by the kernel's soft RoCE (rxe0)" in finding.found
+        assert "does not reach it" in (finding.fix or "")
+        assert "free" in self.findings(scene(tmp_path, USROCE))["UDP port 4791"].found
+
+    @pytest.mark.parametrize(("limit", "hint"), [(212_992, True), (16 << 20, False)])
+    def test_socket_buffers(self, tmp_path: Path, limit: int, hint: bool) -> None:
+        for name in ("rmem_max", "wmem_max"):
+            write(tmp_path / f"proc/sys/net/core/{name}", str(limit))
+        finding = self.findings(scene(tmp_path, USROCE))["socket buffers"]
+        assert finding.status == "ok"
+        assert ("net.core.rmem_max=8388608" in (finding.fix or "")) is hint
+
+    def test_an_address_that_it_does_not_have(self, tmp_path: Path) -> None:
+        machine = scene(tmp_path, USROCE, address=ipaddress.ip_address("192.0.2.1"))
+        finding = only(doctor.check_gids, machine)
+        assert finding.status == "problem"
+        assert "AIORDMA_USROCE_ADDRESS=" in (finding.fix or "no route") or "no route" in finding.found
+
+
 class TestNodes:
     def test_missing_in_a_container(self, tmp_path: Path) -> None:
         (tmp_path / "sys/class/infiniband_verbs/uverbs0").mkdir(parents=True)

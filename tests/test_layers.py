@@ -27,6 +27,7 @@ LAYERS = (
     ("connect",),
     ("rpc", "streams"),
     ("diagnostics", "testing"),
+    ("pytest_plugin",),
     ("cli",),
     ("__main__",),
 )

@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("aiordma", "native", "tests/native", "meson.build", "pyproject.toml", "README.md", "LICENSE")
 
+MODULES = tuple(f"aiordma/_native/{name}" for name in ("_verbs.abi3.so", "_memory.abi3.so", "libusroce.so"))
+
 #: Those of a sanitizer run, which is not to reach compilers, and those that would show another package.
 NOT_FOR_BUILDS = ("LD_PRELOAD", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONMALLOC")
 
@@ -73,8 +75,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     for package in [path.parent for path in (source / "aiordma").rglob("__init__.py")]:
         (package / "__pycache__").mkdir(exist_ok=True)
         (package / "__pycache__" / "junk.pyc").touch()
-    for module in ("_verbs", "_memory"):
-        (source / "aiordma" / "_native" / f"{module}.abi3.so").write_bytes(b"of an earlier build")
+    for module in MODULES:
+        (source / module).write_bytes(b"of an earlier build")
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_BUILDS}
     # meson and ninja are beside the interpreter, whose environment need not be active
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
@@ -92,14 +94,14 @@ def test_wheel_has_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     package = ROOT / "aiordma"
     files = {*package.rglob("*.py"), *package.rglob("*.pyi"), package / "py.typed"}
     expected = {str(path.relative_to(ROOT)) for path in files} - {"aiordma/_native/build_ffi.py"}
-    expected |= {"aiordma/_native/_verbs.abi3.so", "aiordma/_native/_memory.abi3.so"}
+    expected |= set(MODULES)
     found = {name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")}
     assert found == expected
 
 
 def test_wheel_has_new_modules(wheel: zipfile.ZipFile) -> None:
-    for module in ("_verbs", "_memory"):
-        assert wheel.read(f"aiordma/_native/{module}.abi3.so").startswith(b"\x7fELF")
+    for module in MODULES:
+        assert wheel.read(module).startswith(b"\x7fELF")
 
 
 def test_wheel_serves_later_pythons(wheel: zipfile.ZipFile) -> None:
@@ -107,9 +109,9 @@ def test_wheel_serves_later_pythons(wheel: zipfile.ZipFile) -> None:
     assert "-cp311-abi3-linux" in wheel.filename
 
 
-def test_wheel_has_licence_and_command(wheel: zipfile.ZipFile) -> None:
+def test_wheel_has_licence_command_and_plugin(wheel: zipfile.ZipFile) -> None:
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
-    assert "aiordma = aiordma.__main__:main" in re.sub(
-        r"\s*=\s*", " = ", wheel.read(f"{folder}/entry_points.txt").decode()
-    )
+    entries = re.sub(r"\s*=\s*", " = ", wheel.read(f"{folder}/entry_points.txt").decode())
+    assert "[console_scripts]\naiordma = aiordma.__main__:main\n" in entries
+    assert "[pytest11]\naiordma.pytest_plugin = aiordma.pytest_plugin\n" in entries

@@ -50,10 +50,16 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "lint": ("test", "lint"),
 }
 
+#: Verbs programs of others that the tests run on usroce.
+PROGRAMS = {"ibv_rc_pingpong": "ibverbs-utils", "ib_send_lat": "perftest", "tshark": "tshark"}
+USES_PROGRAMS = ("test", "lint")
+
 #: For readers without apt-get.
 ELSEWHERE = (
-    "Fedora, RHEL: dnf install gcc glibc-devel python3-devel rdma-core-devel libibverbs; "
-    "Arch: pacman -S base-devel python rdma-core; SUSE: zypper install gcc python3-devel rdma-core-devel"
+    "Fedora, RHEL: dnf install gcc glibc-devel python3-devel rdma-core-devel libibverbs libibverbs-utils "
+    "perftest; "
+    "Arch: pacman -S base-devel python rdma-core perftest; "
+    "SUSE: zypper install gcc python3-devel rdma-core-devel libibverbs-utils perftest"
 )
 
 
@@ -80,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def set_up(purpose: str) -> None:
     use_new_enough_python()
     with locked():
-        install_packages()
+        install_packages(purpose)
         make_venv(requirements(EXTRAS[purpose]))
         install_modules(build("build"), NATIVE)
 
@@ -156,8 +162,8 @@ def base_python() -> Path:
 # System packages
 
 
-def install_packages() -> None:
-    packages = missing_packages()
+def install_packages(purpose: str) -> None:
+    packages = missing_packages(purpose)
     if not packages:
         return
     names = " ".join(packages)
@@ -172,14 +178,14 @@ def install_packages() -> None:
     if result.returncode:  # the package lists may be absent or stale
         call([*apt, "update"])
         result = call(install)
-    still = missing_packages()
+    still = missing_packages(purpose)
     if result.returncode or still:
         raise SetupError(
             f"cannot install {' '.join(still) or names}; try as root: {fix}\n{tail(result.stdout, 15)}"
         )
 
 
-def missing_packages() -> list[str]:
+def missing_packages(purpose: str) -> list[str]:
     """Debian's names of what is not there; a few stat calls."""
     missing = []
     if not compiler_found():
@@ -194,6 +200,8 @@ def missing_packages() -> list[str]:
         missing.append("libibverbs-dev")
     if not Path("/etc/libibverbs.d/rxe.driver").exists():
         missing.append("ibverbs-providers")
+    if purpose in USES_PROGRAMS:
+        missing += [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
     return missing
 
 
@@ -305,9 +313,14 @@ def tool_environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{VENV / 'bin'}:{os.environ.get('PATH', os.defpath)}"}
 
 
+def built_modules(directory: Path) -> list[Path]:
+    """What belongs into aiordma/_native/: the extension modules, and the device in user space."""
+    return sorted([*directory.glob("_*.so"), *directory.glob("libusroce.so")])
+
+
 def install_modules(source: Path, destination: Path) -> None:
     """Copy the built modules that differ; by rename, since a process may have the old ones mapped."""
-    for module in sorted(source.glob("_*.so")):
+    for module in built_modules(source):
         target = destination / module.name
         if target.exists() and filecmp.cmp(module, target, shallow=False):
             continue

@@ -1,15 +1,15 @@
 """What ``make test``, ``make lint`` and ``make sanitize`` run, once tools/setup.py has made all ready.
 
-*test*: the tests that need no device run on this machine, those marked ``device`` through tools.rxe.  Each
-part is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE names a device of this
-machine, the device tests run here, on it.
+*test*: the tests that need no device run on this machine, then those marked ``device``: on usroce, here, and on
+rxe, through tools.rxe.  Each part is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE
+names a device, the device tests run on that one only.
 
 *sanitize*: the same with the C code built under ASan and UBSan, put beside links to the Python files as a
 package of its own (``build-asan/site``).  tests/protocol is left out: those layers import no C code, which
-tests/test_layers.py sees to.  Of the device tests only those that exercise the C code most run:
-emulation and instrumentation multiply.  The interpreter is not instrumented, so the runtime is preloaded; its
-leak detection is off, for CPython leaves memory behind on purpose at exit.  The C test program
-(tests/native), which has no interpreter in it, is checked for leaks.  Reports are written to files,
+tests/test_layers.py sees to.  The device tests run on usroce only, here: our C code is the same above rxe, and
+under emulation instrumentation is dear.  The interpreter is not instrumented, so the runtime is preloaded; its
+leak detection is off, for CPython leaves memory behind on purpose at exit.  The C test programs
+(tests/native), which have no interpreter in them, are checked for leaks.  Reports are written to files,
 since pytest holds the standard streams of a process that ASan ends.
 """
 
@@ -27,12 +27,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.setup import PYTHON, ROOT, VENV, SetupError, build, tool_environment
+from tools.setup import PYTHON, ROOT, VENV, SetupError, build, built_modules, tool_environment
 
 REPORTS = ROOT / "build"
 ASAN = ROOT / "build-asan"
 SITE = ASAN / "site"
-SANITIZED_DEVICE_TESTS = ("tests/device/test_operations.py", "tests/device/test_cancel.py")
+
+USROCE = {"AIORDMA_DEVICE": "usroce0", "AIORDMA_REQUIRE": "usroce"}
+NO_USROCE = {"AIORDMA_USROCE": "0", "AIORDMA_REQUIRE": ""}
 
 RXE = [str(PYTHON), "-m", "tools.rxe"]
 RXE_FAILED = 125
@@ -84,8 +86,16 @@ def test(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     say("tests that need no device")
     outcomes = [pytest("native", with_marker(arguments, "not device"))]
-    if not arguments or device_tests_match(arguments):
-        outcomes.append(device_outcome(with_marker(arguments, "device")))
+    selected = with_marker(arguments, "device")
+    wanted = os.environ.get("AIORDMA_DEVICE", "")
+    if wanted and Path("/sys/class/infiniband", wanted).exists():
+        say(f"tests on {wanted} of this machine")
+        return total([*outcomes, pytest("device", selected)], time.monotonic() - started)
+    if wanted in ("", USROCE["AIORDMA_DEVICE"]) and device_tests_match(selected, USROCE):
+        say("tests that need a device, on usroce")
+        outcomes.append(pytest("usroce", selected, settings=USROCE))
+    if wanted != USROCE["AIORDMA_DEVICE"] and device_tests_match(selected, NO_USROCE):
+        outcomes.append(rxe_outcome(selected))
     return total(outcomes, time.monotonic() - started)
 
 
@@ -99,22 +109,20 @@ def with_marker(arguments: Sequence[str], expression: str) -> list[str]:
     return [*result, "-m", expression]
 
 
-def device_tests_match(arguments: Sequence[str]) -> bool:
-    """Whether there is anything to boot a machine for."""
-    argv = [str(PYTHON), "-m", "pytest", "--collect-only", "-q", *with_marker(arguments, "device")]
-    return subprocess.run(argv, capture_output=True, check=False).returncode != PYTEST_NONE_COLLECTED
+def device_tests_match(arguments: Sequence[str], settings: Mapping[str, str]) -> bool:
+    """Whether there is anything to run on such a device, or to boot a machine for."""
+    argv = [str(PYTHON), "-m", "pytest", "--collect-only", "-q", *arguments]
+    environment = {**os.environ, **settings}
+    done = subprocess.run(argv, env=environment, capture_output=True, check=False)
+    return done.returncode != PYTEST_NONE_COLLECTED
 
 
-def device_outcome(arguments: Sequence[str]) -> Outcome:
-    wanted = os.environ.get("AIORDMA_DEVICE")
-    if wanted and Path("/sys/class/infiniband", wanted).exists():
-        say(f"tests on {wanted} of this machine")
-        return pytest("device", arguments)
-    say("tests that need a device (tools.rxe)")
-    outcome = pytest("device", arguments, launcher=rxe())
+def rxe_outcome(arguments: Sequence[str]) -> Outcome:
+    say("tests that need a device, on rxe (tools.rxe)")
+    outcome = pytest("rxe", arguments, launcher=rxe(), settings={"AIORDMA_REQUIRE": "rxe"})
     if outcome.status == RXE_FAILED and not os.environ.get("AIORDMA_REQUIRE") and rxe_cannot_be_had():
-        say("soft-RoCE cannot be had here (see above): the device tests are skipped")
-        return pytest("device", arguments)
+        say("soft-RoCE cannot be had here (see above): the tests on rxe are skipped")
+        return pytest("rxe", arguments, settings=NO_USROCE)
     return outcome
 
 
@@ -209,11 +217,10 @@ def sanitize(arguments: Sequence[str]) -> int:
     pytest_options += ["--ignore=tests/protocol", *arguments]
     say("tests that need no device, under the sanitizers")
     outcomes = [pytest("native-asan", with_marker(pytest_options, "not device"), settings=settings)]
-    files = [name for name in SANITIZED_DEVICE_TESTS if Path(name).exists()]
-    if not any(Path(word.split("::")[0]).exists() for word in arguments):
-        say(f"{' '.join(files)}, under the sanitizers (tools.rxe)")
-        selected = with_marker([*pytest_options, *files], "device")
-        outcomes.append(pytest("device-asan", selected, launcher=rxe(), settings=settings))
+    selected = with_marker(pytest_options, "device")
+    if device_tests_match(selected, settings | USROCE):
+        say("tests that need a device, on usroce, under the sanitizers")
+        outcomes.append(pytest("usroce-asan", selected, settings=settings | USROCE))
     reports = print_reports()
     return max(total(outcomes, time.monotonic() - started), int(reports > 0))
 
@@ -238,7 +245,7 @@ def make_site() -> None:
         link = SITE / path.relative_to(ROOT)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    for module in ASAN.glob("_*.so"):
+    for module in built_modules(ASAN):
         (SITE / "aiordma" / "_native" / module.name).symlink_to(module)
 
 
@@ -287,7 +294,7 @@ def check_sanitizer_works(settings: Mapping[str, str]) -> None:
         raise SetupError(
             f"ASan is not active: a deliberate overflow was not reported\n{result.stderr[-3000:]}"
         )
-    for module in ASAN.glob("_*.so"):
+    for module in built_modules(ASAN):
         if b"__ubsan_handle" not in module.read_bytes():
             raise SetupError(f"UBSan is not in {module}")
     say("a deliberate overflow is caught: the sanitizers are active")

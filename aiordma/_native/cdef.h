@@ -212,10 +212,52 @@ struct ibv_qp_attr {
     ...;
 };
 
+/* --- native/usroce/usroce_api.h --- */
+struct usroce_fault {
+    double drop;
+    double duplicate;
+    double reorder;
+    double corrupt;
+    double delay;
+    uint32_t delay_us;
+    uint32_t reorder_gap;
+    uint64_t seed;
+};
+struct usroce_counters {
+    uint64_t sent;
+    uint64_t received;
+    uint64_t sent_bytes;
+    uint64_t received_bytes;
+    uint64_t send_calls;
+    uint64_t receive_calls;
+    uint64_t send_errors;
+    uint64_t malformed;
+    uint64_t bad_icrc;
+    uint64_t unknown_qp;
+    uint64_t duplicates;
+    uint64_t out_of_sequence;
+    uint64_t retransmitted;
+    uint64_t timeouts;
+    uint64_t naks_sent;
+    uint64_t naks_received;
+    uint64_t rnr_naks_sent;
+    uint64_t rnr_naks_received;
+    uint64_t polls;
+    uint64_t thread_wakeups;
+    uint64_t faults_dropped;
+    uint64_t faults_duplicated;
+    uint64_t faults_reordered;
+    uint64_t faults_corrupted;
+    uint64_t faults_delayed;
+    ...;
+};
+
 /* --- native/glue.h --- */
 struct glue_provider {
+    void *handle;
     void (*free_device_list)(struct ibv_device **list);
     enum ibv_fork_status (*is_fork_initialized)(void);
+    int (*usroce_query_counters)(struct ibv_context *context, struct usroce_counters *counters, size_t size);
     ...;
 };
 struct glue_send_wr { uint64_t wr_id; ...; };
@@ -259,6 +301,11 @@ int glue_query_qp(struct glue_provider *p, struct ibv_qp *qp, struct ibv_qp_attr
                   struct ibv_qp_init_attr *init);
 int glue_destroy_qp(struct glue_provider *p, struct ibv_qp *qp);
 int glue_set_nonblocking(int fd);
+int glue_usroce_set_option(struct glue_provider *p, const char *name, const char *value);
+int glue_usroce_set_fault(struct glue_provider *p, struct ibv_context *context, const struct usroce_fault *fault);
+int glue_usroce_capture(struct glue_provider *p, struct ibv_context *context, const char *path);
+int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *context,
+                               struct usroce_counters *counters);
 
 int glue_post_send(struct ibv_qp *qp, uint64_t wr_id, uint32_t opcode, uint32_t flags, uint64_t addr,
                    uint32_t length, uint32_t lkey, uint64_t remote_addr, uint32_t rkey, uint32_t imm);

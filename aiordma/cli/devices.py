@@ -40,6 +40,7 @@ class DeviceReport:
     attributes: DeviceAttributes | None = None
     ports: tuple[PortAttributes, ...] = ()
     gids: tuple[GidEntry, ...] = ()
+    usroce: bool = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Status 0 when there is a device, 1 when there is none or the library cannot be used."""
     try:
-        reports, error = survey(open_library(args.library)), None
+        reports, error = survey(provider(args.library) if args.library else None), None
     except RdmaError as failure:
         reports, error = [], str(failure)
     if args.json:
@@ -62,14 +63,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if reports else 1
 
 
-def open_library(path: str | None) -> Provider:
-    """The verbs library at ``path``, or the system's. Raises :class:`~aiordma.errors.LibraryError`."""
-    return provider(path) if path else provider()
-
-
-def survey(source: Provider) -> list[DeviceReport]:
-    """Opens each device of a library and reads its tables. Raises :class:`~aiordma.errors.DeviceError` only
-    when the devices cannot even be listed."""
+def survey(source: Provider | None) -> list[DeviceReport]:
+    """Opens each device of a library (None: of all) and reads its tables. Raises
+    :class:`~aiordma.errors.DeviceError` only when the devices cannot even be listed."""
     return [_inspect(device) for device in devices(source)]
 
 
@@ -82,9 +78,10 @@ def _inspect(device: Device) -> DeviceReport:
                 attributes=context.attributes(),
                 ports=tuple(context.ports()),
                 gids=tuple(context.gids()),
+                usroce=device.is_usroce,
             )
     except (RdmaError, ValueError) as error:  # ValueError: an enumeration value newer than the headers
-        return DeviceReport(device.name, device.transport, error=str(error))
+        return DeviceReport(device.name, device.transport, error=str(error), usroce=device.is_usroce)
 
 
 def _limits(attributes: DeviceAttributes) -> dict[str, object]:
@@ -97,6 +94,7 @@ def _as_json(report: DeviceReport) -> dict[str, object]:
     return {
         "name": report.name,
         "transport": report.transport,
+        "usroce": report.usroce,
         "error": report.error,
         **{name: getattr(attributes, name, None) for name in _IDENTITY if name != "ports"},
         "ports": report.ports,
@@ -123,7 +121,7 @@ def _as_text(report: DeviceReport) -> Iterator[str]:
     a = report.attributes
     yield pairs(
         [
-            ("transport", _TRANSPORTS.get(report.transport, report.transport.name)),
+            ("transport", _transport(report)),
             ("firmware", a.firmware),
             ("vendor, part", f"{a.vendor_id:#06x}, {a.vendor_part_id:#06x}"),
             ("node GUID", a.node_guid),
@@ -140,7 +138,7 @@ def _as_text(report: DeviceReport) -> Iterator[str]:
                 p.link_layer.name,
                 p.active_mtu,
                 p.max_mtu,
-                f"{p.lid:#x}",
+                f"UDP port {p.lid}" if report.usroce else f"{p.lid:#x}",
                 size(p.max_message),
             )
             for p in report.ports
@@ -159,6 +157,12 @@ def _as_text(report: DeviceReport) -> Iterator[str]:
     yield ""
     yield "  limits"
     yield pairs(_limits(a).items(), indent="    ")
+
+
+def _transport(report: DeviceReport) -> str:
+    if report.usroce:
+        return "RoCE v2 in user space"
+    return _TRANSPORTS.get(report.transport, report.transport.name)
 
 
 def _ip_address(entry: GidEntry) -> Address | None:

@@ -20,9 +20,10 @@ from typing import Literal
 
 from ..config import Config
 from ..errors import DeviceError, RdmaError
-from ..verbs import LinkLayer, PortAttributes, PortState, Provider, Transport
+from ..verbs import LinkLayer, PortAttributes, PortState, Provider, Transport, provider
 from ..verbs.gid_choice import Address, choose_gid, interface_addresses
-from .devices import DeviceReport, open_library, survey
+from ..verbs.provider import DEFAULT_LIBRARY, USROCE_LIBRARY, library_paths, usroce_is_off
+from .devices import DeviceReport, survey
 from .output import add_common_options, print_json, size
 
 HELP = "find out what keeps RDMA from working here, and how to mend it"
@@ -31,15 +32,19 @@ Status = Literal["ok", "warning", "problem"]
 
 #: How to get a device where there is none.
 SOFT_ROCE = """\
+usroce, the device in user space, comes with the package: see above why it is not there
 soft RoCE over an ordinary network interface (root; here eth0):
   modprobe rdma_rxe
   rdma link add rxe0 type rxe netdev eth0
 without root or the module, from a source tree of aiordma, in a virtual machine:
   python3 -m tools.rxe run -- COMMAND"""
 
-_CAP_IPC_LOCK = 14  # capabilities(7): pinned memory is not counted against RLIMIT_MEMLOCK
+_CAP_NET_ADMIN = 12  # capabilities(7): socket buffers beyond net.core.rmem_max
+_CAP_IPC_LOCK = 14  # pinned memory is not counted against RLIMIT_MEMLOCK
 _IFF_UP = 0x1  # netdevice(7)
 _UNLIMITED = resource.RLIM_INFINITY
+_ROCE_UDP_PORT = 4791
+_SOCKET_BUFFER = 8 << 20  # bytes that usroce asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +59,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What the checks look at. ``address`` is one of this host or a peer's; None: no particular one."""
+    """What the checks look at. ``address`` is one of this host or a peer's; None: no particular one.
+
+    ``source`` is libibverbs, or the library that was named; ``usroce`` is the one that comes with the package.
+    """
 
     source: Provider | None
     library_error: str | None
     reports: tuple[DeviceReport, ...]
     list_error: str | None
     address: Address | None = None
+    usroce: Provider | None = None
+    usroce_error: str | None = None
     sys: Path = Path("/sys")
     dev: Path = Path("/dev")
     proc: Path = Path("/proc")
@@ -69,6 +79,11 @@ class Scene:
     def opened(self) -> list[DeviceReport]:
         """The devices that could be opened."""
         return [report for report in self.reports if report.attributes is not None]
+
+    @property
+    def real(self) -> list[DeviceReport]:
+        """The devices that are not usroce. Where there are any, usroce excuses none of their faults."""
+        return [report for report in self.reports if not report.usroce]
 
 
 Check = Callable[[Scene], Iterator[Finding]]
@@ -97,15 +112,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def look_around(library: str | None = None, address: Address | None = None) -> Scene:
-    """Opens the library and its devices; failures are part of the scene."""
+    """Opens the libraries and their devices; failures are part of the scene."""
+    source, library_error = _open(library or DEFAULT_LIBRARY)
+    usroce, usroce_error = _open(USROCE_LIBRARY) if _wants_usroce(library) else (None, None)
+    if source is not None and source.is_usroce:
+        usroce, usroce_error = source, None
+    reports: list[DeviceReport] = []
+    list_error = None
+    for each in dict.fromkeys(filter(None, (source, usroce))):
+        try:
+            reports += survey(each)
+        except RdmaError as error:
+            list_error = list_error or str(error)
+    return Scene(
+        source, library_error, tuple(reports), list_error, address, usroce=usroce, usroce_error=usroce_error
+    )
+
+
+def _wants_usroce(library: str | None) -> bool:
+    return library is None and USROCE_LIBRARY in library_paths()
+
+
+def _open(library: str) -> tuple[Provider | None, str | None]:
     try:
-        source = open_library(library)
+        return provider(library), None
     except RdmaError as error:
-        return Scene(None, str(error), (), None, address)
-    try:
-        return Scene(source, None, tuple(survey(source)), None, address)
-    except RdmaError as error:
-        return Scene(source, None, (), str(error), address)
+        return None, str(error)
 
 
 def diagnose(scene: Scene) -> list[Finding]:
@@ -141,18 +173,71 @@ def check_library(scene: Scene) -> Iterator[Finding]:
     if scene.source is not None:
         yield Finding("verbs library", "ok", f"{scene.source.path} opens")
         return
-    yield Finding(
-        "verbs library",
-        "problem",
-        (scene.library_error or "cannot be opened").partition("; install it")[0],
-        "Debian, Ubuntu: apt install libibverbs1 ibverbs-providers\nFedora, RHEL: dnf install libibverbs\n"
-        "another library: --library PATH",
+    found = (scene.library_error or "cannot be opened").partition("; install it")[0]
+    fix = "Debian, Ubuntu: apt install libibverbs1 ibverbs-providers\nFedora, RHEL: dnf install libibverbs"
+    if scene.usroce is not None and not _kernel_devices(scene):
+        yield Finding("verbs library", "ok", f"{found}; usroce needs none", f"for RDMA hardware:\n{fix}")
+    else:
+        yield Finding("verbs library", "problem", found, f"{fix}\nanother library: --library PATH")
+
+
+def check_usroce(scene: Scene) -> Iterator[Finding]:
+    """The device in user space: whether it is there, who reaches it, what its sockets are given."""
+    if scene.usroce_error is not None:
+        status: Status = "warning" if scene.real else "problem"
+        found, _, fix = scene.usroce_error.partition("; ")
+        yield Finding("usroce", status, found, fix or None)
+    elif scene.usroce is None and usroce_is_off():
+        yield Finding("usroce", "ok", "switched off by AIORDMA_USROCE=0")
+    for report in scene.opened:
+        if report.usroce:
+            yield _judge_addresses(report)
+            yield _judge_udp_port(scene, report.ports[0].lid)
+            yield _judge_buffers(scene)
+
+
+def _judge_addresses(report: DeviceReport) -> Finding:
+    addresses = [entry.address for entry in report.gids]
+    text = ", ".join(map(str, addresses)) or "none"
+    local = (
+        "for other machines, name addresses of this one: AIORDMA_USROCE_ADDRESS, Config(usroce_address=...)"
     )
+    private = all(address.is_loopback for address in addresses)
+    found = f"{text}{': only this machine reaches them' if private else ''}"
+    return Finding(f"addresses of {report.name}", "ok", found, local if private else None)
+
+
+def _judge_udp_port(scene: Scene, port: int) -> Finding:
+    """``port`` is the one that a device opened just now was given."""
+    name = f"UDP port {_ROCE_UDP_PORT}"
+    if port in (0, _ROCE_UDP_PORT):
+        return Finding(name, "ok", "free: devices of every kind reach usroce there")
+    rxe = [device for device in _kernel_devices(scene) if (_infiniband(scene) / device / "parent").exists()]
+    who = f"the kernel's soft RoCE ({', '.join(rxe)})" if rxe else "another process"
+    return Finding(
+        name,
+        "ok",
+        f"taken at an address of usroce by {who}: usroce uses another port, which its peers are told",
+        "a peer that is no usroce sends to 4791 only and does not reach it: give usroce an address of its own",
+    )
+
+
+def _judge_buffers(scene: Scene) -> Finding:
+    limits = [int(_read(scene.proc / f"sys/net/core/{name}") or 0) for name in ("rmem_max", "wmem_max")]
+    found = f"net.core.rmem_max {size(limits[0])}, wmem_max {size(limits[1])}"
+    found += f"; usroce asks for {size(_SOCKET_BUFFER)}"
+    if min(limits) >= _SOCKET_BUFFER or _capable(scene, _CAP_NET_ADMIN):
+        return Finding("socket buffers", "ok", found)
+    hint = (
+        "fewer packets are lost, and sent again, with larger ones, as root: "
+        f"sysctl net.core.rmem_max={_SOCKET_BUFFER} net.core.wmem_max={_SOCKET_BUFFER}"
+    )
+    return Finding("socket buffers", "ok", found, hint)
 
 
 def check_kernel(scene: Scene) -> Iterator[Finding]:
     """The kernel's RDMA subsystem; a library may also bring its own devices."""
-    folder = scene.sys / "class/infiniband"
+    folder = _infiniband(scene)
     names = _kernel_devices(scene)
     if names:
         yield Finding("kernel devices", "ok", ", ".join(names))
@@ -163,15 +248,21 @@ def check_kernel(scene: Scene) -> Iterator[Finding]:
                 "the module ib_uverbs, which gives devices to programs, is not loaded",
                 "modprobe ib_uverbs",
             )
-    elif scene.reports:
+    elif scene.real:
         yield Finding("kernel devices", "ok", "none; the verbs library brings its own")
+    elif scene.reports:
+        yield Finding("kernel devices", "ok", "none; usroce is used")
     else:
         what = "is empty" if folder.is_dir() else "does not exist: no RDMA module is loaded"
         yield Finding("kernel devices", "warning", f"{folder} {what}")
 
 
+def _infiniband(scene: Scene) -> Path:
+    return scene.sys / "class/infiniband"
+
+
 def _kernel_devices(scene: Scene) -> list[str]:
-    folder = scene.sys / "class/infiniband"
+    folder = _infiniband(scene)
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -207,9 +298,9 @@ def check_nodes(scene: Scene) -> Iterator[Finding]:
 
 def check_devices(scene: Scene) -> Iterator[Finding]:
     """There is a device, it opens, and its transport is one that aiordma speaks."""
-    if scene.source is None:
+    if scene.source is None and scene.usroce is None:
         return
-    if not scene.reports and _kernel_devices(scene):
+    if not scene.real and _kernel_devices(scene):
         yield Finding(
             "devices",
             "problem",
@@ -221,8 +312,9 @@ def check_devices(scene: Scene) -> Iterator[Finding]:
     for report in scene.reports:
         name = f"device {report.name}"
         if report.attributes is None:
-            fix = "see device nodes above; then: dmesg"
-            yield Finding(name, "problem", f"cannot be opened: {report.error}", fix)
+            fix = "the variables AIORDMA_USROCE_*" if report.usroce else "see device nodes above; then: dmesg"
+            status: Status = "warning" if report.usroce and scene.real else "problem"
+            yield Finding(name, status, f"cannot be opened: {report.error}", fix)
         elif report.transport == Transport.IWARP:
             yield Finding(
                 name,
@@ -231,7 +323,8 @@ def check_devices(scene: Scene) -> Iterator[Finding]:
                 "use a RoCE or InfiniBand device",
             )
         else:
-            yield Finding(name, "ok", f"firmware {report.attributes.firmware}, {len(report.ports)} port(s)")
+            what = "the device in user space" if report.usroce else f"firmware {report.attributes.firmware}"
+            yield Finding(name, "ok", f"{what}, {len(report.ports)} port(s)")
 
 
 # --- ports and addresses ------------------------------------------------------------------------------
@@ -239,7 +332,8 @@ def check_devices(scene: Scene) -> Iterator[Finding]:
 
 def check_ports(scene: Scene) -> Iterator[Finding]:
     """Every port is active; one that is not is a problem unless another one is."""
-    some_active = any(p.state == PortState.ACTIVE for report in scene.opened for p in report.ports)
+    active = [report for report in scene.opened if any(p.state == PortState.ACTIVE for p in report.ports)]
+    some_active = any(not report.usroce for report in active)
     for report in scene.opened:
         for port in report.ports:
             name = f"port {report.name}/{port.port}"
@@ -308,10 +402,13 @@ def check_gids(scene: Scene) -> Iterator[Finding]:
         )
         return
     answers = [(report, *_gid_answer(report, local, remote)) for report in candidates]
-    usable = any(ok for _, ok, _ in answers)
+    usable = any(ok for report, ok, _ in answers if not report.usroce) or not scene.real
+    usable = usable and any(ok for _, ok, _ in answers)
     for report, ok, text in answers:
         status: Status = "ok" if ok else "warning" if usable else "problem"
         fix = None if ok else "give its network interface an address, or connect to one that it has"
+        if not ok and report.usroce:
+            fix = f"AIORDMA_USROCE_ADDRESS={local} or Config(usroce_address={str(local)!r})"
         whose = f" for {scene.address}" if scene.address else ""
         yield Finding(f"GID of {report.name}{whose}", status, text, fix)
 
@@ -346,6 +443,9 @@ def _endpoints(address: Address | None) -> tuple[Address | None, Address | None]
 
 def check_memlock(scene: Scene) -> Iterator[Finding]:
     """Registered memory is pinned, and pinned memory is limited."""
+    if scene.reports and not scene.real:
+        yield Finding("locked memory", "ok", "of no matter: usroce pins no memory")
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     yield judge_memlock(soft, hard, privileged=_may_lock(scene), config=Config())
 
@@ -374,13 +474,17 @@ def _limit(value: int) -> str:
 
 
 def _may_lock(scene: Scene) -> bool:
-    """CAP_IPC_LOCK, in the first user namespace: the kernel asks for it there (user_namespaces(7))."""
+    return _capable(scene, _CAP_IPC_LOCK)
+
+
+def _capable(scene: Scene, capability: int) -> bool:
+    """Has it, in the first user namespace: the kernel asks for these there (user_namespaces(7))."""
     if (_read(scene.proc / "self/uid_map") or "").split() != ["0", "0", "4294967295"]:
         return False
     text = _read(scene.proc / "self/status") or ""
     for line in text.splitlines():
         if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
+            return bool(int(line.split()[1], 16) >> capability & 1)
     return False
 
 
@@ -408,7 +512,9 @@ def check_huge_pages(scene: Scene) -> Iterator[Finding]:
 
 def check_fork(scene: Scene) -> Iterator[Finding]:
     """Whether a fork() while memory is registered is safe for the parent."""
-    if scene.source is None or not scene.reports:
+    if not scene.real and scene.reports:
+        yield Finding("fork safety", "ok", "safe: usroce pins no memory, and is closed to a forked child")
+    if scene.source is None or not scene.real:
         return  # without a device the library answers "disabled", which means nothing then
     status = scene.source.fork_status()
     meaning = {
@@ -465,6 +571,7 @@ def check_uvloop(scene: Scene) -> Iterator[Finding]:
 
 CHECKS: Sequence[Check] = (
     check_library,
+    check_usroce,
     check_kernel,
     check_nodes,
     check_devices,

@@ -15,7 +15,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """``--json``, and ``--library`` for another verbs library than the system's."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--library", metavar="PATH", help="use this verbs library instead of the system's libibverbs"
+        "--library",
+        metavar="PATH",
+        help="use only this verbs library, not the system's libibverbs and usroce",
     )
 
 

@@ -103,6 +103,7 @@ __all__ = [
 ]
 
 MAX_SHARED_NAMES = 1024  # names one peer may have shared at a time
+ROCE_UDP_PORT = 4791  # InfiniBand Architecture Specification, annex A17
 
 
 # --- what the two sides agree on ----------------------------------------------------------------------
@@ -131,7 +132,9 @@ class Agreed:
     authenticated: bool = False
 
 
-def check_compatible(remote: Endpoint, *, link_layer: LinkLayer, gid_type: GidType, gid: bytes) -> None:
+def check_compatible(
+    remote: Endpoint, *, link_layer: LinkLayer, gid_type: GidType, gid: bytes, lid: int
+) -> None:
     """Raise IncompatibleError, with the reason, if our port and GID cannot reach ``remote``.
 
     Needs no queue pair of ours, so that a server can ask before it makes one.
@@ -151,6 +154,20 @@ def check_compatible(remote: Endpoint, *, link_layer: LinkLayer, gid_type: GidTy
             f"address families differ: the GID is IPv{ours} here, IPv{theirs} there; "
             "connect by an address of the family that both devices have"
         )
+    if gid_type == "roce_v2":
+        _check_udp_ports(lid, remote.lid)
+
+
+def _check_udp_ports(ours: int, theirs: int) -> None:
+    # RoCE has no LIDs. usroce names its UDP port there, and knows how to send to another's; every other device
+    # leaves it 0 and knows port 4791 only.
+    for lid, other, whose in ((ours, theirs, "this side's"), (theirs, ours, "the peer's")):
+        if lid > 1023 and lid != ROCE_UDP_PORT and other == 0:
+            raise IncompatibleError(
+                f"{whose} usroce device is at UDP port {lid}, for port {ROCE_UDP_PORT} was taken at its address, "
+                "and the other side's device can send to that port only; give usroce an address of its own "
+                "(AIORDMA_USROCE_ADDRESS) where nothing else, soft RoCE included, has the port"
+            )
 
 
 def _ip_version(gid: bytes) -> int:
@@ -168,7 +185,9 @@ def negotiate(
 ) -> Agreed:
     """What two endpoints can do together. Raises IncompatibleError if that is nothing."""
     # The transport has one value so far; the model refuses others.
-    check_compatible(remote, link_layer=local.link_layer, gid_type=local.gid_type, gid=local.gid_bytes)
+    check_compatible(
+        remote, link_layer=local.link_layer, gid_type=local.gid_type, gid=local.gid_bytes, lid=local.lid
+    )
     return Agreed(
         version=version,
         features=frozenset(features),

@@ -1,5 +1,7 @@
 """Verbs as thin Python owners: no asyncio, no policy; usable on their own.
 
+What usroce can do beyond verbs is in :mod:`aiordma.verbs.usroce`.
+
 The names are those of ibv_*(3) in words. Objects hold their parents and close in the right order
 (:mod:`aiordma.verbs.owner`); the calls that move data take and return plain integers.
 """
@@ -29,7 +31,7 @@ from .enums import (
 )
 from .memory import MemoryRegion, MemoryWindow, ProtectionDomain
 from .owner import Owner
-from .provider import Provider, provider
+from .provider import Provider, provider, providers
 from .queue_pair import RECV_WR_STRUCT, SEND_WR_STRUCT, Path, QueuePair, SharedReceiveQueue
 
 __all__ = [
@@ -65,4 +67,5 @@ __all__ = [
     "devices",
     "open_device",
     "provider",
+    "providers",
 ]

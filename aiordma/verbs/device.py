@@ -12,7 +12,7 @@ from .._native import ffi, lib
 from ..errors import DeviceError
 from .enums import MTU_BYTES, EventType, GidType, LinkLayer, PortState, Transport
 from .owner import Owner
-from .provider import Provider, check, provider
+from .provider import Provider, check, providers
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,11 @@ class Device:
         self.name: str = ffi.string(pointer.name).decode()
         self.transport = _transport(pointer.transport_type)
 
+    @property
+    def is_usroce(self) -> bool:
+        """Whether this is the user-space device that comes with the package."""
+        return self._provider.is_usroce
+
     def open(self) -> Context:
         """Opens the device. Raises :class:`DeviceError` (EACCES: no permission on /dev/infiniband)."""
         return Context(self)
@@ -101,14 +106,30 @@ class Device:
 
 
 def devices(source: Provider | None = None) -> list[Device]:
-    """The devices of a verbs library, of libibverbs by default; empty where there are none.
+    """The devices of a verbs library; by default of every one there is, usroce's last. Empty where there are none.
 
-    Raises :class:`~aiordma.errors.LibraryError` when the library itself is missing.
+    Raises :class:`~aiordma.errors.LibraryError` when no library can be opened, :class:`DeviceError` when the
+    devices cannot be listed and no other library has any.
     """
-    source = source or provider()
+    if source is not None:
+        return _devices_of(source)
+    found: list[Device] = []
+    failure: DeviceError | None = None
+    for each in providers():
+        try:
+            found += _devices_of(each)
+        except DeviceError as error:
+            failure = failure or error
+    if failure is not None and not found:
+        raise failure
+    return found
+
+
+def _devices_of(source: Provider) -> list[Device]:
     array = ffi.new("struct ibv_device ***")
     count = ffi.new("int *")
-    check(lib.glue_get_device_list(source.table, array, count), "ibv_get_device_list")
+    hint = "one of the variables AIORDMA_USROCE_* has a wrong value" if source.is_usroce else ""
+    check(lib.glue_get_device_list(source.table, array, count), "ibv_get_device_list", hint)
     if array[0] == ffi.NULL:
         return []
 
@@ -157,26 +178,30 @@ class Context(Owner):
         self._device = device
         self.name = device.name
         handle = ffi.new("struct ibv_context **")
-        check(
-            lib.glue_open_device(self.provider.table, device._pointer, handle),
-            f"ibv_open_device({device.name})",
-            "permission on /dev/infiniband/uverbs* is needed" if device.transport == Transport.IB else "",
-        )
-        self._handle = handle[0]
-        self._opened()
-        self.async_fd: int = self._handle.async_fd
-        self._event = ffi.new("struct glue_async_event *")
-        self._attributes: DeviceAttributes | None = None
-        try:
-            check(lib.glue_set_nonblocking(self.async_fd), "fcntl(async_fd)")
-        except DeviceError:
-            self.close()
-            raise
+        with self.provider.opening:
+            rc = lib.glue_open_device(self.provider.table, device._pointer, handle)
+            check(rc, f"ibv_open_device({device.name})", _opening_hint(device))
+            self._handle = handle[0]
+            self._opened()
+            self.async_fd: int = self._handle.async_fd
+            self._event = ffi.new("struct glue_async_event *")
+            self._attributes: DeviceAttributes | None = None
+            try:
+                check(lib.glue_set_nonblocking(self.async_fd), "fcntl(async_fd)")
+                self.provider.opened(self)
+            except Exception:
+                self.close()
+                raise
 
     @property
     def transport(self) -> Transport:
         """InfiniBand (RoCE as well) or iWARP."""
         return self._device.transport
+
+    @property
+    def is_usroce(self) -> bool:
+        """Whether this is the user-space device that comes with the package (:mod:`aiordma.verbs.usroce`)."""
+        return self.provider.is_usroce
 
     @property
     def completion_vectors(self) -> int:
@@ -248,6 +273,12 @@ class Context(Owner):
 
     def __repr__(self) -> str:
         return f"<Context {self.name} {'closed' if self.closed else 'open'}>"
+
+
+def _opening_hint(device: Device) -> str:
+    if device.is_usroce:
+        return "are its addresses (Config.usroce_address, AIORDMA_USROCE_ADDRESS) those of this host?"
+    return "permission on /dev/infiniband/uverbs* is needed" if device.transport == Transport.IB else ""
 
 
 def _device_attributes(raw: Any) -> DeviceAttributes:

@@ -27,6 +27,9 @@
 
 #include "icrc.h"
 
+#ifndef UDP_NO_CHECK6_RX
+#define UDP_NO_CHECK6_RX 102
+#endif
 #ifndef UDP_SEGMENT
 #define UDP_SEGMENT 103
 #endif
@@ -519,6 +522,15 @@ static int forbid_mapped(const struct udp_link *udp, int fd)
     return !udp->v4 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof(on)) ? errno : 0;
 }
 
+/* Other RoCE devices send packets without a UDP checksum, as IBA A17 has it. Over IPv6 a socket has to ask for them
+ * (RFC 6936); the ICRC covers as much. 0 or an errno. */
+static int accept_no_checksum(const struct udp_link *udp, int fd)
+{
+    int on = 1;
+
+    return !udp->v4 && setsockopt(fd, IPPROTO_UDP, UDP_NO_CHECK6_RX, &on, sizeof(on)) ? errno : 0;
+}
+
 /* A kernel that does not know segments would ignore the control message that asks for them, so it is asked first.
  * One that cannot receive rows of them hands over each on its own, which is as good. */
 static bool enable_segments(int fd)
@@ -568,6 +580,9 @@ static int open_socket(struct udp_link *udp, const struct endpoint *local, const
     if (rc)
         goto fail;
     rc = forbid_fragments(udp, fd);
+    if (rc)
+        goto fail;
+    rc = accept_no_checksum(udp, fd);
     if (rc)
         goto fail;
     set_buffer(fd, SO_RCVBUFFORCE, SO_RCVBUF, options->socket_buffer);

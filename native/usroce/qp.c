@@ -372,6 +372,17 @@ EXPORT int ibv_query_qp(struct ibv_qp *base, struct ibv_qp_attr *attr, int mask,
 
 /* --- life ------------------------------------------------------------------------------------------------------- */
 
+/* Of enum ibv_qp_create_send_ops_flags: what wr_interface_init() fills in. */
+static bool can_send_ops(uint64_t flags)
+{
+    const uint64_t known = IBV_QP_EX_WITH_RDMA_WRITE | IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM | IBV_QP_EX_WITH_SEND |
+                           IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_READ |
+                           IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD |
+                           IBV_QP_EX_WITH_LOCAL_INV | IBV_QP_EX_WITH_BIND_MW | IBV_QP_EX_WITH_SEND_WITH_INV;
+
+    return !(flags & ~known);
+}
+
 static bool init_attr_is_valid(const struct ibv_qp_init_attr_ex *attr)
 {
     const int known = IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS | IBV_QP_INIT_ATTR_CREATE_FLAGS;
@@ -400,6 +411,7 @@ static int sq_init(struct sq *sq, struct ibv_qp_cap *cap)
         sq->capacity *= 2;
     sq->wqes = calloc(sq->capacity, sizeof(*sq->wqes));
     sq->sges = calloc((size_t)sq->capacity * sq->max_sge, sizeof(*sq->sges));
+    cap->max_send_wr = sq->capacity;
     sq->inline_data = calloc((size_t)sq->capacity * sq->max_inline + 1, 1);
     return sq->wqes && sq->sges && sq->inline_data ? 0 : ENOMEM;
 }
@@ -428,7 +440,9 @@ static int init_queues(struct qp *qp, const struct ibv_qp_init_attr_ex *attr)
     }
     if (!qp->cap.max_recv_sge)
         qp->cap.max_recv_sge = 1;
-    return rq_init(&qp->rq, qp->cap.max_recv_wr, qp->cap.max_recv_sge);
+    rc = rq_init(&qp->rq, qp->cap.max_recv_wr, qp->cap.max_recv_sge);
+    qp->cap.max_recv_wr = qp->rq.capacity; /* what is there, not what was asked for */
+    return rc;
 }
 
 static void count_users(struct qp *qp, int change)
@@ -496,6 +510,10 @@ struct ibv_qp *qp_create_ex(struct ibv_context *context, struct ibv_qp_init_attr
     }
     if (!init_attr_is_valid(attr)) {
         errno = EINVAL;
+        return NULL;
+    }
+    if (attr->comp_mask & IBV_QP_INIT_ATTR_SEND_OPS_FLAGS && !can_send_ops(attr->send_ops_flags)) {
+        errno = EOPNOTSUPP;
         return NULL;
     }
     qp = calloc(1, sizeof(*qp));

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 import aiordma
-from aiordma import Config, Connection, Lease, RemoteRegion, Server
+from aiordma import Config, Server
+from aiordma.testing import Acceptor, Pair, connected_pair
+from aiordma.verbs import Context, usroce
+from tests.conftest import device_under_test
 
-
-@dataclass
-class Pair:
-    """Both ends of a connection, and the listener it was made by."""
-
-    client: Connection
-    server: Connection
-    listener: Server
-
-    async def region(self, nbytes: int, access: str = "read|write|atomic") -> tuple[Lease, RemoteRegion]:
-        """Memory of the server, shared with the client under a name of its own."""
-        lease = await self.server.allocate(nbytes)
-        name = f"region {lease.address:#x}"
-        await self.server.share(name, lease, access)
-        return lease, await self.client.remote(name)
+__all__ = ["Acceptor", "MakePair", "Pair"]
 
 
 class MakePair(Protocol):
     def __call__(
         self, config: Config | None = None, server_config: Config | None = None, **kwargs: Any
     ) -> Awaitable[Pair]: ...
-
-
-class Acceptor:
-    """A handler that hands its connections to the test and keeps them until they close.
-
-    With ``hold``, until the test is over: a handler that ends drops what was not received.
-    """
-
-    def __init__(self, hold: bool) -> None:
-        self.accepted: asyncio.Queue[Connection] = asyncio.Queue()
-        self.over = asyncio.Event()
-        self.hold = hold
-
-    async def __call__(self, connection: Connection) -> None:
-        self.accepted.put_nowait(connection)
-        await connection.wait_closed()
-        if self.hold:
-            await self.over.wait()
 
 
 @pytest.fixture
@@ -63,39 +32,59 @@ async def listen(no_leaked_tasks: None) -> AsyncIterator[Callable[..., Awaitable
         async def start(
             config: Config | None = None, *, hold: bool = False, **kwargs: Any
         ) -> tuple[Server, Acceptor]:
-            acceptor = Acceptor(hold)
+            acceptor = Acceptor(hold=hold)
             server = aiordma.serve(acceptor, "127.0.0.1", 0, config=config, **kwargs)
             await stack.enter_async_context(server)
-            stack.callback(acceptor.over.set)
+            stack.callback(acceptor.finish)
             return server, acceptor
 
         yield start
 
 
 @pytest.fixture
-async def pair(listen: Callable[..., Awaitable[tuple[Server, Acceptor]]]) -> AsyncIterator[MakePair]:
-    """Makes connected pairs; both ends are closed after the test."""
+async def pair(no_leaked_tasks: None) -> AsyncIterator[MakePair]:
+    """Makes connected pairs on the device that is tested; both ends are closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(
             config: Config | None = None, server_config: Config | None = None, **kwargs: Any
         ) -> Pair:
-            server, acceptor = await listen(server_config or config, hold=True, **kwargs)
-            client = await aiordma.connect("127.0.0.1", server.port, config=config, **kwargs)
-            await stack.enter_async_context(client)
-            accepted = await acceptor.accepted.get()
-            await stack.enter_async_context(accepted)
-            return Pair(client, accepted, server)
+            device = device_under_test().name
+            made = connected_pair(config, server_config=server_config, device=device, **kwargs)
+            return await stack.enter_async_context(made)
 
         yield make
 
 
+#: What usroce devices that are closed by now had counted.
+_closed = {"rnr_naks_sent": 0, "rnr_naks_received": 0}
+
+
 def rnr_counters() -> dict[str, int]:
-    """Receiver-not-ready NAKs the kernel's rxe devices have seen; they must never move."""
+    """Receiver-not-ready NAKs that the kernel's rxe devices and this process's usroce devices have seen."""
     found = {}
     for path in Path("/sys/class/infiniband").glob("*/ports/*/hw_counters/*rnr*"):
         found[str(path)] = int(path.read_text())
+    for name, closed in _closed.items():
+        found[name] = closed + sum(getattr(usroce.counters(c), name) for c in usroce.contexts())
     return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def counters_outlive_devices() -> Iterator[None]:
+    """A device takes its counters with it when it is closed: they are read just before."""
+    destroy = Context._destroy
+
+    def count_and_destroy(self: Context) -> None:
+        if self.is_usroce:
+            last = usroce.counters(self)
+            for name in _closed:
+                _closed[name] += getattr(last, name)
+        destroy(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "_destroy", count_and_destroy)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -126,7 +126,8 @@ async def test_a_slow_drip_does_not_outlive_the_deadline(listen: Listen) -> None
     async def drip(writer: asyncio.StreamWriter) -> None:
         for byte in struct.pack("!I", 10_000) + bytes(10_000):
             writer.write(bytes([byte]))
-            await asyncio.sleep(0.05)
+            # No divisor of the deadline: a byte that the server has not read when it closes resets the connection.
+            await asyncio.sleep(0.4)
 
     async with raw(server) as (reader, writer):
         dripping = asyncio.ensure_future(drip(writer))

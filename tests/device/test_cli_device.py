@@ -9,6 +9,8 @@ import pytest
 
 from aiordma.cli import main
 from aiordma.verbs import devices
+from aiordma.verbs.gid_choice import interface_addresses
+from tests.conftest import device_under_test
 
 pytestmark = pytest.mark.device
 
@@ -48,7 +50,7 @@ def test_devices_text(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_finds_the_device_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "doctor")
     status = {finding["name"]: finding["status"] for finding in found["findings"]}
-    name = devices()[0].name
+    name = device_under_test().name
     assert found["ok"] is True
     assert status["verbs library"] == "ok"
     assert status[f"device {name}"] == "ok"
@@ -59,10 +61,59 @@ def test_doctor_finds_the_device_in_order(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_doctor_explains_the_gid_for_an_address(capsys: pytest.CaptureFixture[str]) -> None:
-    with devices()[0].open() as context:
+    with device_under_test().open() as context:
         rows = [row for row in context.gids() if row.gid.ipv4_mapped]
     address = str(rows[0].address) if rows else "127.0.0.1"
     found = answer(capsys, "doctor", "--address", address)
-    (gid, *_) = (f for f in found["findings"] if f["name"].startswith("GID "))
+    (gid,) = (f for f in found["findings"] if f["name"].startswith(f"GID of {device_under_test().name}"))
     assert address in gid["name"]
     assert "chosen" in gid["found"] or "LID addressing" in gid["found"]
+
+
+@pytest.mark.usroce
+class TestUsroce:
+    def test_devices_says_which(self, capsys: pytest.CaptureFixture[str]) -> None:
+        found = {device["name"]: device for device in answer(capsys, "devices")["devices"]}
+        device = found[device_under_test().name]
+        assert device["usroce"] is True
+        assert device["ports"][0]["link_layer"] == "ETHERNET"
+        assert device["ports"][0]["state"] == "ACTIVE"
+        assert {row["type"] for row in device["gids"]} == {"ROCE_V2"}
+        assert main(["devices"]) == 0
+        assert "RoCE v2 in user space" in capsys.readouterr().out
+
+    def test_doctor_says_who_reaches_it(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("AIORDMA_USROCE_ADDRESS", raising=False)
+        found = {finding["name"]: finding for finding in answer(capsys, "doctor")["findings"]}
+        addresses = found[f"addresses of {device_under_test().name}"]
+        assert "127.0.0.1" in addresses["found"]
+        assert "only this machine reaches" in addresses["found"]
+        assert "AIORDMA_USROCE_ADDRESS" in addresses["fix"]
+        assert found["UDP port 4791"]["status"] == "ok"
+        assert found["socket buffers"]["status"] == "ok"
+
+    def test_doctor_says_what_a_taken_port_means(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with device_under_test().open():
+            found = {finding["name"]: finding for finding in answer(capsys, "doctor")["findings"]}
+        assert "uses another port" in found["UDP port 4791"]["found"]
+        assert "sends to 4791 only" in found["UDP port 4791"]["fix"]
+
+    def test_doctor_says_what_to_set_for_another_address(self, capsys: pytest.CaptureFixture[str]) -> None:
+        address = own_address()
+        main(["doctor", "--json", "--address", address])
+        found = json.loads(capsys.readouterr().out)["findings"]
+        (gid,) = (f for f in found if f["name"].startswith(f"GID of {device_under_test().name}"))
+        assert gid["status"] != "ok"
+        assert f"AIORDMA_USROCE_ADDRESS={address}" in gid["fix"]
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback's."""
+    for name, addresses in interface_addresses().items():
+        if name != "lo":
+            for address in addresses:
+                if address.version == 4:
+                    return str(address)
+    pytest.skip("this machine has no address but loopback's")

@@ -20,7 +20,9 @@ from aiordma.errors import (
     RdmaError,
     RetryExceededError,
 )
+from aiordma.testing import FaultyLink
 from aiordma.verbs import QpState
+from tests.conftest import device_under_test
 from tests.device.conftest import Acceptor, MakePair
 
 pytestmark = pytest.mark.device
@@ -48,12 +50,21 @@ async def process_peer(server: Server) -> AsyncIterator[asyncio.subprocess.Proce
         process._transport.close()  # type: ignore[attr-defined]
 
 
-async def in_flight(connection: Connection, name: str) -> list[asyncio.Future[object]]:
-    """100 operations and waits: messages without credit, large writes and reads, and waits for the peer."""
+def nothing() -> None: ...
+
+
+async def in_flight(
+    connection: Connection, name: str, cut: Callable[[], None] = nothing
+) -> list[asyncio.Future[object]]:
+    """100 operations and waits: messages without credit, large writes and reads, and waits for the peer.
+
+    ``cut`` is called when nothing is under way yet.
+    """
     remote = await connection.remote(name)
     window = [connection.send(b"fills the peer's window") for _ in range(64)]
     await asyncio.gather(*window)
     data = bytes(1 << 20)
+    cut()
     operations: list[asyncio.Future[object]] = [connection.send(b"waits for a credit") for _ in range(58)]
     operations += [connection.write(data, remote) for _ in range(20)]
     operations += [connection.read(remote) for _ in range(20)]
@@ -173,8 +184,26 @@ async def test_link_down(pair: MakePair) -> None:
     assert await again.server.recv() == b"up again"
 
 
+@pytest.mark.usroce
+async def test_a_link_that_lets_nothing_through(pair: MakePair, aiordma_faulty_link: FaultyLink) -> None:
+    """As the link down of rxe: everything fails within the configured time, and afterwards all is well."""
+    both = await pair(Config(ack_timeout=14, retry_count=3))
+    lease = await both.server.allocate(1 << 20)
+    await both.server.share("inbox", lease)
+    operations = await in_flight(both.client, "inbox", cut=lambda: aiordma_faulty_link(drop=1.0))
+    errors = await failures(operations)
+    assert len(errors) >= 60
+    assert any(isinstance(error, RetryExceededError) for error in errors)
+    await both.client.wait_closed()
+    await both.server.wait_closed()
+    aiordma_faulty_link.clear()
+    again = await pair()
+    await again.client.send(b"up again")
+    assert await again.server.recv() == b"up again"
+
+
 def _rxe_interface() -> str:
-    device = aiordma.devices()[0]
+    device = device_under_test()
     parent = Path(f"/sys/class/infiniband/{device.name}/parent")
     if not parent.exists():
         pytest.skip(f"{device.name} is no rxe device: its link is not ours to take down")
@@ -182,7 +211,7 @@ def _rxe_interface() -> str:
 
 
 async def _port_active() -> None:
-    device = aiordma.devices()[0]
+    device = device_under_test()
     state = Path(f"/sys/class/infiniband/{device.name}/ports/1/state")
     while "ACTIVE" not in state.read_text():
         await asyncio.sleep(0.01)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 import aiordma
-from aiordma.verbs import devices
+from aiordma.cli.usroce import program_environment
 from aiordma.verbs.gid_choice import choose_gid, interface_addresses
+from tests.conftest import device_under_test, required_devices
 
 pytestmark = pytest.mark.device
 
@@ -33,6 +34,7 @@ class Bench:
     """The programs on one device, and the processes started."""
 
     c_program: str
+    usroce: bool
     device: str
     gid_index: int | None
     address: str
@@ -46,12 +48,15 @@ class Bench:
                 command += ["-g", str(self.gid_index)]
         else:
             command = [sys.executable, str(EXAMPLE), "-d", self.device, "-c"]
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+        if program == "c" and self.usroce:
+            environment = program_environment(base=environment)
         process = subprocess.Popen(
             [*command, "-p", str(self.port), "-n", str(ITERATIONS), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+            env=environment,
         )
         self.running.append(process)
         return process
@@ -95,11 +100,11 @@ def _listening(port: int) -> bool:
 
 
 def c_program() -> str:
-    """The C program; without it there is nothing to compare with, a failure only where rxe is required."""
+    """The C program; without it there is nothing to compare with, a failure where a device is required."""
     found = shutil.which("ibv_rc_pingpong")
     if found is None:
         reason = "ibv_rc_pingpong is not installed (Debian: ibverbs-utils)"
-        if "rxe" in os.environ.get("AIORDMA_REQUIRE", ""):
+        if required_devices():
             pytest.fail(reason)
         pytest.skip(reason)
     return found
@@ -107,7 +112,7 @@ def c_program() -> str:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    device = devices()[0]
+    device = device_under_test()
     with device.open() as context:
         choice = choose_gid(
             context.ports(), context.gids(), local=None, remote=None, interfaces=interface_addresses()
@@ -117,7 +122,8 @@ def bench() -> Iterator[Bench]:
         port = probe.getsockname()[1]
     entry = choice.entry
     address = str(entry.address) if entry else str(ipaddress.IPv4Address("127.0.0.1"))
-    made = Bench(c_program(), device.name, entry.index if entry else None, address, port)
+    index = entry.index if entry else None
+    made = Bench(c_program(), device.is_usroce, device.name, index, address, port)
     try:
         yield made
     finally:

@@ -34,6 +34,7 @@ from aiordma.verbs import (
     open_device,
 )
 from aiordma.verbs.gid_choice import choose_gid, interface_addresses
+from tests.conftest import device_under_test
 
 pytestmark = pytest.mark.device
 
@@ -76,7 +77,7 @@ def connect(context: Context, one: QueuePair, other: QueuePair) -> None:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    with open_device() as context:
+    with device_under_test().open() as context:
         pd = ProtectionDomain(context)
         channel = CompletionChannel(context)
         cq = CompletionQueue(context, 256, channel)
@@ -88,7 +89,7 @@ def bench() -> Iterator[Bench]:
 
 
 def test_what_a_device_says_of_itself() -> None:
-    with open_device() as context:
+    with open_device(device_under_test().name) as context:
         attributes = context.attributes()
         assert attributes.max_qp > 0
         assert attributes.max_cqe > 0
@@ -214,7 +215,7 @@ def test_order_of_death(bench: Bench) -> None:
 
 
 def test_a_forgotten_owner_warns() -> None:
-    context = open_device()
+    context = device_under_test().open()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pd = ProtectionDomain(context)

@@ -461,6 +461,21 @@ def test_ipv6_with_ipv6(gid: str) -> None:
     b.negotiate(endpoint(gid=gid), endpoint(gid="2001:db8::2"), version=1, features=[])
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(0, 0), (4791, 0), (0, 4791), (50_000, 4791), (50_000, 40_000), (1, 0)]
+)
+def test_udp_ports_that_reach_each_other(ours: int, theirs: int) -> None:
+    agreed = b.negotiate(endpoint(lid=ours), endpoint(lid=theirs), version=1, features=[])
+    assert agreed.remote.lid == theirs
+
+
+@pytest.mark.parametrize(("ours", "theirs", "whose"), [(50_000, 0, "this side's"), (0, 50_000, "the peer's")])
+def test_usroce_beside_another_device_at_one_address(ours: int, theirs: int, whose: str) -> None:
+    """rxe sends to port 4791 only, and has it at every address of its machine."""
+    with pytest.raises(IncompatibleError, match=f"{whose} usroce device is at UDP port 50000"):
+        b.negotiate(endpoint(lid=ours), endpoint(lid=theirs), version=1, features=[])
+
+
 def test_incompatible_server_refuses_and_stays_consistent() -> None:
     pair = Pair()
     pair.pass_to(pair.server, pair.up_to_hello())
