@@ -30,11 +30,10 @@ USROCE_LIBRARY = os.path.join(os.path.dirname(_verbs.__file__ or ""), "libusroce
 #: Set to 0, the environment variable that leaves usroce out.
 USROCE_SWITCH = "AIORDMA_USROCE"
 
-_REMEDIES = {
-    DEFAULT_LIBRARY: "install it (Debian, Ubuntu: apt install libibverbs1 ibverbs-providers; "
-    "Fedora: dnf install libibverbs)",
-    USROCE_LIBRARY: "it is part of aiordma: install the package anew (in a checkout: make setup)",
-}
+_INSTALL = (
+    "install it (Debian, Ubuntu: apt install libibverbs1 ibverbs-providers; Fedora: dnf install libibverbs)"
+)
+_REPAIR = "it is part of aiordma: install the package anew (in a checkout: make setup)"
 
 
 class Provider:
@@ -53,7 +52,7 @@ class Provider:
         rc = lib.glue_provider_open(path.encode(), self.table, text, len(text))
         if rc:
             detail = ffi.string(text).decode(errors="replace")
-            remedy = _REMEDIES.get(path, _REMEDIES[DEFAULT_LIBRARY])
+            remedy = _REPAIR if path == USROCE_LIBRARY else _INSTALL
             raise LibraryError(
                 f"the verbs library {path} cannot be used: {detail}; {remedy}", errno=rc, call="dlopen"
             )

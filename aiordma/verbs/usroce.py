@@ -185,7 +185,8 @@ def contexts() -> list[Context]:
     if source is None:
         return []
     with source.opening:
-        return [context for context in source.contexts if not context.closed]
+        pid = os.getpid()  # those of a parent process are closed to us
+        return [context for context in source.contexts if not context.closed and context._pid == pid]
 
 
 @contextlib.contextmanager

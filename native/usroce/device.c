@@ -397,7 +397,7 @@ static bool expand_path(const char *path, char *out, size_t size)
 }
 
 /* Replaces a capture that is under way once the new file is open. */
-static int set_capture(struct context *ctx, const char *path)
+static int set_capture(struct context *ctx, const char *path, bool append)
 {
     struct capture *capture;
     char expanded[512];
@@ -405,7 +405,7 @@ static int set_capture(struct context *ctx, const char *path)
 
     if (!expand_path(path, expanded, sizeof(expanded)))
         return ENAMETOOLONG;
-    rc = capture_open(&capture, expanded);
+    rc = capture_open(&capture, expanded, append);
     if (rc)
         return rc;
     remove_capture(ctx);
@@ -425,7 +425,7 @@ static int set_wrappers(struct context *ctx, const struct settings *settings)
     int rc = 0;
 
     if (settings->capture[0]) {
-        rc = set_capture(ctx, settings->capture);
+        rc = set_capture(ctx, settings->capture, true); /* every device of the process, and of others */
         if (rc)
             fprintf(stderr, "usroce: capture to %s: %s\n", settings->capture, strerror(rc));
     }
@@ -480,7 +480,7 @@ EXPORT int usroce_capture(struct ibv_context *context, const char *path)
     ctx = context_of(context);
     pthread_mutex_lock(&ctx->lock);
     if (path)
-        rc = set_capture(ctx, path);
+        rc = set_capture(ctx, path, false);
     else
         remove_capture(ctx);
     progress_links_changed(ctx);

@@ -87,9 +87,10 @@ int link_udp_open(struct link **link, const struct endpoint *local, const struct
 /* Wraps `below` (which it owns from then on). 0 or an errno. */
 int link_fault_open(struct link **link, struct link *below, const struct usroce_fault *fault);
 int link_fault_set(struct link *link, const struct usroce_fault *fault);
-/* Several links may write to one capture; the file is closed with the last reference. */
+/* Several links may write to one capture; the file is closed with the last reference. `append`: the file may be there
+ * already, and others, in other processes too, may append to it at the same time; else it begins anew. */
 struct capture;
-int capture_open(struct capture **capture, const char *path);
+int capture_open(struct capture **capture, const char *path, bool append);
 void capture_release(struct capture *capture);
 int link_pcap_open(struct link **link, struct link *below, struct capture *capture);
 /* Takes a wrapper off: the link below is what remains. Frames it still holds are sent. A ground stays what it is.

@@ -16,6 +16,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -112,21 +114,38 @@ static int write_file_header(int fd)
     return write_all(fd, (const uint8_t *)&header, sizeof(header));
 }
 
-/* For the owner only: a capture has everything that was transferred. */
-static int open_file(const char *path, int *fd)
+/* The first of those that append to a file begins it. */
+static int begin_file(int fd)
+{
+    struct stat file;
+    int rc = 0;
+
+    if (flock(fd, LOCK_EX))
+        return errno;
+    if (fstat(fd, &file))
+        rc = errno;
+    else if (!file.st_size)
+        rc = write_file_header(fd);
+    flock(fd, LOCK_UN);
+    return rc;
+}
+
+/* For the owner only: a capture has everything that was transferred. Whole records are written at a time, at the end of
+ * the file, so several devices and processes may share one. */
+static int open_file(const char *path, bool append, int *fd)
 {
     int rc;
 
-    *fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    *fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (append ? 0 : O_TRUNC), 0600);
     if (*fd < 0)
         return errno;
-    rc = write_file_header(*fd);
+    rc = begin_file(*fd);
     if (rc)
         close(*fd);
     return rc;
 }
 
-int capture_open(struct capture **capture, const char *path)
+int capture_open(struct capture **capture, const char *path, bool append)
 {
     struct capture *new = calloc(1, sizeof(*new));
     int rc = ENOMEM;
@@ -140,7 +159,7 @@ int capture_open(struct capture **capture, const char *path)
     rc = pthread_mutex_init(&new->lock, NULL);
     if (rc)
         goto fail;
-    rc = open_file(path, &new->fd);
+    rc = open_file(path, append, &new->fd);
     if (rc)
         goto fail_lock;
     *capture = new;

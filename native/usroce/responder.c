@@ -25,6 +25,7 @@ int resp_reset(struct qp *qp)
     resp_free(qp);
     memset(resp, 0, sizeof(*resp));
     resp->epsn = qp->attr.rq_psn;
+    resp->ack_psn = psn_add(resp->epsn, WIRE_PSN_MASK);
     while (capacity < 2 * depth)
         capacity *= 2;
     resp->resources = calloc(depth ? depth : 1, sizeof(*resp->resources));
@@ -77,7 +78,7 @@ static struct job *add_job(struct context *ctx, struct qp *qp)
     return job;
 }
 
-/* Owes an acknowledgement of everything before epsn, with `syndrome`. */
+/* Owes an acknowledgement, with `syndrome`: of everything up to the last SEND or WRITE, or a NAK of epsn. */
 static void owe(struct context *ctx, struct qp *qp, uint8_t syndrome)
 {
     if (qp->base.qp_type != IBV_QPT_RC)
@@ -95,7 +96,7 @@ void resp_send_ack(struct context *ctx, struct qp *qp)
     struct packet packet = {
         .opcode = WIRE_ACK,
         .dest_qp = qp->attr.dest_qp_num,
-        .psn = ack ? psn_add(resp->epsn, WIRE_PSN_MASK) : resp->epsn,
+        .psn = ack ? resp->ack_psn : resp->epsn,
         .syndrome = resp->syndrome,
         .msn = resp->msn,
     };
@@ -297,6 +298,7 @@ static void carried_out(struct context *ctx, struct qp *qp, const struct packet 
 {
     struct responder *resp = &qp->resp;
 
+    resp->ack_psn = resp->epsn;
     resp->epsn = psn_add(resp->epsn, 1);
     resp->in_message = !(packet->traits & WIRE_ENDS);
     if (packet->traits & WIRE_ENDS)
@@ -443,8 +445,7 @@ static void answered(struct responder *resp, uint32_t count)
 {
     resp->epsn = psn_add(resp->epsn, count);
     resp->msn = psn_add(resp->msn, 1);
-    if (resp->ack_pending)
-        resp->syndrome = WIRE_AETH_ACK; /* a NAK that has not left yet is out of date */
+    resp->ack_pending = false; /* the answer says as much; and a NAK that has not left yet is out of date */
 }
 
 static void receive_read(struct context *ctx, struct qp *qp, const struct packet *packet)

@@ -291,6 +291,9 @@ struct requester {
 
 struct responder {
     uint32_t epsn; /* expected PSN */
+    /* Of the last SEND or WRITE packet that was carried out. An ACK has this PSN and never that of a read or atomic:
+     * Linux's rxe would take the operation for complete, without what it is to return. */
+    uint32_t ack_psn;
     uint32_t msn;
     bool in_message;        /* between the first and the last packet of a SEND or WRITE */
     bool write;             /* ... of a WRITE */

@@ -109,7 +109,7 @@ static struct link *open_pcap(struct link *below)
     struct capture *capture = NULL;
     struct link *link = NULL;
 
-    need(!capture_open(&capture, capture_path) && !link_pcap_open(&link, below, capture), "a capture link");
+    need(!capture_open(&capture, capture_path, false) && !link_pcap_open(&link, below, capture), "a capture link");
     capture_release(capture); /* the link has its own reference */
     return link;
 }
@@ -233,7 +233,8 @@ static void *write_frames(void *argument)
     return NULL;
 }
 
-static void capture_shared(void)
+/* From several threads; with `each`, every link has opened the file by itself, as other processes would. */
+static void capture_from_all(bool each)
 {
     enum { WRITERS = 4 };
     static struct writer writers[WRITERS];
@@ -244,15 +245,20 @@ static void capture_shared(void)
     size_t size;
     uint32_t count;
 
-    need(!capture_open(&capture, capture_path), "a capture");
+    unlink(capture_path);
+    need(each || !capture_open(&capture, capture_path, false), "a capture");
     for (uint32_t i = 0; i < WRITERS; i++) {
+        need(!each || !capture_open(&capture, capture_path, true), "a capture");
         need(!open_side(&writers[i].side, "127.0.0.1", 0, true), "a link");
         need(!link_pcap_open(&writers[i].link, writers[i].side.link, capture), "a capture link");
         writers[i].to = writers[i].link->local; /* to itself */
         writers[i].size = 64 + 1000 * i;
         need(!pthread_create(&threads[i], NULL, write_frames, &writers[i]), "a thread");
+        if (each)
+            capture_release(capture);
     }
-    capture_release(capture);
+    if (!each)
+        capture_release(capture);
     for (uint32_t i = 0; i < WRITERS; i++) {
         need(!pthread_join(threads[i], NULL), "its end");
         writers[i].link->ops->close(writers[i].link);
@@ -265,15 +271,21 @@ static void capture_shared(void)
     free(data);
 }
 
+static void capture_shared(void)
+{
+    capture_from_all(false);
+    capture_from_all(true);
+}
+
 /* --- files that cannot be written */
 
 static void capture_not_opened(void)
 {
     struct capture *capture = NULL;
 
-    check(capture_open(&capture, "/nonexistent/file") == ENOENT && !capture, "ENOENT");
+    check(capture_open(&capture, "/nonexistent/file", false) == ENOENT && !capture, "ENOENT");
     if (access("/dev/full", W_OK) == 0)
-        check(capture_open(&capture, "/dev/full") == ENOSPC && !capture, "ENOSPC");
+        check(capture_open(&capture, "/dev/full", false) == ENOSPC && !capture, "ENOSPC");
 }
 
 /* Runs out of room under way: the traffic goes on, and one line says so. */
