@@ -1,0 +1,134 @@
+"""One-sided operations need nothing of the program they reach, and an idle device costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from aiordma.verbs import usroce
+from tests.usroce.conftest import Target
+from tests.usroce.ends import End
+
+pytestmark = [pytest.mark.device, pytest.mark.usroce]
+
+IDLE = 5.0  # seconds
+ROUNDS = 50
+
+
+def use(target: Target) -> bytearray:
+    """Every one-sided operation, all of them done; the memory that must be there now."""
+    end = target.end
+    memory = bytearray(len(end.memory))
+    for number in range(ROUNDS):
+        data = os.urandom(1 + number * 40)
+        start = 16 + number * 100
+        end.write(data, start)
+        memory[start : start + len(data)] = data
+        assert end.read(len(data), start, local=8192) == data
+        assert end.fetch_add(number, 8, local=8) == sum(range(number))
+    memory[8:16] = sum(range(ROUNDS)).to_bytes(8, "little")
+    big = os.urandom(32768)
+    end.write(big, 32768)
+    memory[32768:] = big
+    assert end.read(32768, 32768) == big
+    return memory
+
+
+def digest(memory: bytearray) -> str:
+    return hashlib.sha256(memory).hexdigest()
+
+
+#: What the target did just before: nothing, or it polled so often that its device's thread stays out.
+before = pytest.mark.parametrize("before", ["nothing", "poll"])
+
+
+@before
+@pytest.mark.parametrize("job", ["spin", "compute"])
+def test_while_it_computes(target: Target, job: str, before: str) -> None:
+    """In a loop that only the peer's write ends: of Python, and of long calls of C that hold Python's lock."""
+    target.connect()
+    prepare(target, before)
+    target.begin(job)
+    memory = use(target)
+    assert not target.is_over()
+    target.end.write(b"\1", 0)
+    memory[0] = 1
+    assert target.digest() == digest(memory)
+
+
+@before
+@pytest.mark.parametrize("job", ["block", "sleep"])
+def test_while_it_sleeps_in_c(target: Target, job: str, before: str) -> None:
+    """With and without Python's lock; the sleep ends when we say so."""
+    target.connect()
+    prepare(target, before)
+    target.begin(job)
+    memory = use(target)
+    assert not target.is_over()
+    target.process.tell("")
+    assert target.digest() == digest(memory)
+
+
+def prepare(target: Target, before: str) -> None:
+    if before == "poll":
+        target.begin("poll")
+        target.digest()
+
+
+# --- idle ----------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far: proc(5), stat, utime and stime."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def thread_wakeups(end: End) -> int:
+    return usroce.counters(end.context).thread_wakeups
+
+
+def test_idle_costs_nothing(target: Target) -> None:
+    """Connected and armed on this side, asleep on the other; both used just before."""
+    target.connect()
+    target.begin("sleep")
+    use(target)
+    target.end.cq.arm()
+    idle(target)
+    target.process.tell("")
+    target.digest()
+
+
+def test_idle_costs_nothing_after_polling_that_just_stops(target: Target) -> None:
+    """Nobody says that no more polls will come: the device's thread finds out, and sleeps then."""
+    target.connect()
+    target.begin("poll")
+    target.digest()
+    for _ in range(1000):
+        assert not target.end.cq.poll()
+    idle(target)
+
+
+def idle(target: Target) -> None:
+    """Does nothing for a while, and looks at what that cost on both sides."""
+    first = thread_wakeups(target.end)
+    ours, theirs = time.process_time(), cpu_seconds(target.process.pid)
+    time.sleep(IDLE)  # what is measured
+    ours, theirs = time.process_time() - ours, cpu_seconds(target.process.pid) - theirs
+    assert ours < IDLE / 100, f"{ours:.3f} s of processor time in {IDLE:.0f} s"
+    assert theirs < IDLE / 100, f"{theirs:.3f} s of the target's"
+    assert thread_wakeups(target.end) - first <= 2, (
+        "the thread finds out that it has nothing to do, and sleeps"
+    )
+
+
+def test_idle_device_without_a_queue_pair_has_no_thread(address: str) -> None:
+    threads = len(os.listdir("/proc/self/task"))
+    with usroce.options(address=address):
+        context = usroce.usroce_device().open()
+    with context:
+        assert len(os.listdir("/proc/self/task")) == threads
