@@ -172,7 +172,7 @@ class Benchmark:
                 pair.start()
             except OSError as error:
                 pair.problem = f"cannot start {name}'s Python: {error}"
-        self.program = programs.build()
+        self.program = programs.build("verbs_lat")
         for name, pair in self.workers.items():
             pair.wait_ready(START_DEADLINE)
             if pair.problem:

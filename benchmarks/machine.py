@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 
@@ -42,6 +44,43 @@ def describe() -> dict[str, str]:
         "kernel": f"{platform.system()} {platform.release()}",
         "machine": kind_of_machine(),
     }
+
+
+def _busy_and_all() -> tuple[int, int]:
+    """Clock ticks of all cores since the machine started; stolen ones count as busy."""
+    first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    ticks = [int(word) for word in first.split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return sum(ticks) - idle, sum(ticks)
+
+
+class Bystanders:
+    """How much of the cores others use from here on: what is busy beside the children that end meanwhile."""
+
+    def __init__(self) -> None:
+        self._busy, self._all = _busy_and_all()
+        self._ours = self._children()
+
+    @staticmethod
+    def _children() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return (usage.ru_utime + usage.ru_stime) * os.sysconf("SC_CLK_TCK")
+
+    def share(self) -> float:
+        """Of all cores, 0 to 1; a few hundredths are noise."""
+        busy, total = _busy_and_all()
+        others = busy - self._busy - (self._children() - self._ours)
+        return max(0.0, others / max(1, total - self._all))
+
+
+def wait_for_rest(share: float, timeout: float) -> None:
+    """Until others used less than this share of the cores for a moment, or the timeout is over."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        bystanders = Bystanders()
+        time.sleep(0.2)
+        if bystanders.share() <= share:
+            return
 
 
 def libibverbs_version() -> str:

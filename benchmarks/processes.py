@@ -8,7 +8,7 @@ import os
 import selectors
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,18 @@ class BenchmarkError(Exception):
 class Child:
     """A process whose stdout is read by lines. Ended by :meth:`end` whatever state it is in."""
 
-    def __init__(self, argv: Sequence[str], core: int | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], core: int | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
         self._lines = b""
         with pinned(core):
             self._process = subprocess.Popen(
-                argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                argv,
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
         self._stderr = b""
         assert self._process.stdout is not None

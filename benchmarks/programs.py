@@ -1,4 +1,4 @@
-"""The rows in C: verbs_lat.c, compiled when needed, and perftest where it is installed."""
+"""The rows in C: our own programs, compiled when needed, and perftest where it is installed."""
 
 from __future__ import annotations
 
@@ -8,40 +8,74 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .processes import ROOT, BenchmarkError, Child
 
-SOURCE = Path(__file__).with_name("verbs_lat.c")
+SOURCES = Path(__file__).parent
+#: What a program is made of beside the source of its name, and the libraries.
+PARTS = {
+    "verbs_lat": ("verbs_lab.c", "-libverbs"),
+    "verbs_pingpong": ("verbs_lab.c", "-libverbs"),
+    "udp_pingpong": (),
+}
 PERFTEST = {"write": "ib_write_lat", "read": "ib_read_lat", "send": "ib_send_lat"}
 COMPILE_DEADLINE = 120.0
 DEADLINE = 60.0
 
 
-def build() -> Path:
-    """The compiled verbs_lat, made anew when the source is newer. Raises :class:`BenchmarkError`."""
+def build(name: str) -> Path:
+    """The compiled program, made anew when a source is newer. Raises :class:`BenchmarkError`."""
+    program = _folder() / name
+    newest = max(path.stat().st_mtime for path in SOURCES.glob("*.[ch]"))
+    if program.exists() and program.stat().st_mtime >= newest:
+        return program
+    unfinished = program.with_suffix(f".{os.getpid()}")
+    compiler = os.environ.get("CC", "cc")
+    command = [compiler, "-std=gnu11", "-O2", f"{name}.c", *PARTS[name], "-o", str(unfinished)]
+    try:
+        subprocess.run(
+            command, cwd=SOURCES, check=True, capture_output=True, text=True, timeout=COMPILE_DEADLINE
+        )
+    except subprocess.CalledProcessError as error:
+        raise BenchmarkError(f"{name}.c does not compile: {error.stderr.strip()}") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BenchmarkError(f"{name}.c does not compile: {error}") from None
+    unfinished.replace(program)
+    return program
+
+
+def _folder() -> Path:
+    """In the checkout where it can be written, else a temporary one."""
     folder = ROOT / ".cache" / "benchmarks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
-    if not writable:
-        folder = Path(tempfile.mkdtemp(prefix="aiordma-bench-"))
-    program = folder / "verbs_lat"
-    if program.exists() and program.stat().st_mtime >= SOURCE.stat().st_mtime:
-        return program
-    unfinished = program.with_suffix(f".{os.getpid()}")
-    compiler = os.environ.get("CC", "cc")
-    command = [compiler, "-std=gnu11", "-O2", str(SOURCE), "-libverbs", "-o", str(unfinished)]
+    return folder if writable else Path(tempfile.mkdtemp(prefix="aiordma-bench-"))
+
+
+def run_pair(
+    argv: Sequence[str],
+    host: str,
+    pin: tuple[int | None, int | None],
+    env: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Runs a server, which prints its port, and a client. Returns the client's lines."""
+    server = Child(argv, pin[0], env)
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_DEADLINE)
-    except subprocess.CalledProcessError as error:
-        raise BenchmarkError(f"verbs_lat.c does not compile: {error.stderr.strip()}") from None
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BenchmarkError(f"verbs_lat.c does not compile: {error}") from None
-    unfinished.replace(program)
-    return program
+        port = server.read_line(DEADLINE)
+        client = Child([*argv, host, port], pin[1], env)
+        try:
+            lines = client.read_rest(DEADLINE).splitlines()
+        finally:
+            client.end()
+        server.read_rest(DEADLINE)
+    finally:
+        server.end()
+    return lines
 
 
 def run_c(
@@ -54,17 +88,7 @@ def run_c(
     """One round of verbs_lat; ``where`` is device, GID index, address. Median ns by operation and wait."""
     device, gid_index, host = where
     argv = [str(program), device, str(gid_index), str(size), str(iterations)]
-    server = Child(argv, pin[0])
-    try:
-        port = server.read_line(DEADLINE)
-        client = Child([*argv, host, port], pin[1])
-        try:
-            lines = client.read_rest(DEADLINE).splitlines()
-        finally:
-            client.end()
-        server.read_rest(DEADLINE)
-    finally:
-        server.end()
+    lines = run_pair(argv, host, pin)
     return {(operation, wait): float(median) for operation, wait, _, median, _ in map(str.split, lines)}
 
 
