@@ -10,7 +10,7 @@ RXE := $(PY) -m tools.rxe run --
 # The virtual machine is slow at compiling: byte code must be written. (Python takes empty for unset.)
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint sanitize bench bench-usroce setup clean
+.PHONY: help demo test lint sanitize fuzz bench bench-usroce setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test      the test suite: without a device, on usroce, on soft RoCE [ARGS=\"pytest arguments\"]"
 	@echo "make lint      ruff, mypy --strict, the C code with -Werror"
 	@echo "make sanitize  the tests with the C code under ASan and UBSan [ARGS=\"pytest arguments\"]"
+	@echo "make fuzz      hostile packets, invented by libFuzzer; needs clang [ARGS=\"SECONDS\"]"
 	@echo "make bench     benchmarks on a soft-RoCE device [ARGS=\"benchmarks.core arguments\"]"
 	@echo "make bench-usroce  the user-space device beside plain UDP [ARGS=\"benchmarks.usroce arguments\"]"
 	@echo "make setup     only what the others do first: packages, .venv, extension"
@@ -38,6 +39,10 @@ lint:
 sanitize:
 	@$(PYTHON3) tools/setup.py --for test
 	@$(PY) -m tools.suite sanitize $(ARGS)
+
+fuzz:
+	@$(PYTHON3) tools/setup.py --for test
+	@$(PY) -m tools.fuzz $(ARGS)
 
 bench:
 	@$(PYTHON3) tools/setup.py --for bench

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from tests.usroce.test_programs import need
 pytestmark = [pytest.mark.device, pytest.mark.rxe]
 
 MIB = 1 << 20
-OPERATIONS = 5000  # of each end
+SOAK = bool(os.environ.get("AIORDMA_SOAK"))
+OPERATIONS = 5000 if SOAK else 1000  # of each end
 LARGE_FRAMES = 9000  # bytes: for RoCE's largest MTU
 
 
@@ -208,15 +210,26 @@ def bad_way(hosts: tuple[Host, Host], *what: str) -> Iterator[None]:
         yield
 
 
+#: What tc-netem(8) does to each packet. Reordered are those that are not delayed.
+BAD = {
+    "loss": "loss {rate}%",
+    "duplicate": "duplicate {rate}%",
+    "corrupt": "corrupt {rate}%",
+    "reorder": "delay 1ms reorder {rate}%",
+    "all": "delay 1ms reorder {rate}% loss {rate}% duplicate {rate}% corrupt {rate}%",
+}
+
+
 @both_ways
-@pytest.mark.parametrize(
-    "what",
-    ["loss 1%", "duplicate 1%", "corrupt 1%", "delay 1ms reorder 99%", "loss 1% duplicate 1% corrupt 1%"],
-)
-def test_mixed_operations(processes: Processes, hosts: tuple[Host, Host], what: str, server: str) -> None:
+@pytest.mark.parametrize("rate", [1, 5] if SOAK else [2])
+@pytest.mark.parametrize("what", BAD)
+def test_mixed_operations(
+    processes: Processes, hosts: tuple[Host, Host], what: str, rate: int, server: str
+) -> None:
+    """Ten thousand of them with AIORDMA_SOAK=1."""
     serving, acting = in_order(hosts, server)
     options = ("--operations", str(OPERATIONS), "--ack-timeout", "15")
-    with bad_way(hosts, *what.split()):
+    with bad_way(hosts, *BAD[what].format(rate=rate).split()):
         peer = serving.address("ipv4")
         server_process = start_module(
             processes, serving, "ipv4", "mixed", "serve", "--host", peer, "--device", serving.device, *options
