@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("aiordma", "native", "tests/native", "meson.build", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    *("aiordma", "native", "tests/fuzz", "tests/native"),
+    *("meson.build", "pyproject.toml", "README.md", "LICENSE"),
+)
 
 MODULES = tuple(f"aiordma/_native/{name}" for name in ("_verbs.abi3.so", "_memory.abi3.so", "libusroce.so"))
 
