@@ -155,8 +155,18 @@ static int set_address(struct context *ctx, struct qp *qp, const struct ibv_ah_a
 
 /* --- error, flush, reset ------------------------------------------------------------------------------------------ */
 
+/* What was received is acknowledged, even if nothing else is sent any more. */
+static void acknowledge_last(struct context *ctx, struct qp *qp)
+{
+    if (qp->resp.ack_pending) {
+        resp_send_ack(ctx, qp);
+        tx_flush(ctx);
+    }
+}
+
 static void quiesce(struct context *ctx, struct qp *qp)
 {
+    acknowledge_last(ctx, qp);
     timer_forget(ctx, qp);
     list_del(&qp->in_tx);
     list_del(&qp->in_acks);
@@ -181,13 +191,9 @@ void qp_to_error(struct context *ctx, struct qp *qp, enum ibv_event_type event)
         async_post(ctx, IBV_EVENT_QP_LAST_WQE_REACHED, EVENT_QP, qp);
 }
 
-/* Everything posted is forgotten, without completions; but what was received is acknowledged. */
+/* Everything posted is forgotten, without completions. */
 static void to_reset(struct context *ctx, struct qp *qp)
 {
-    if (qp->base.state != IBV_QPS_ERR && qp->resp.ack_pending) {
-        resp_send_ack(ctx, qp);
-        tx_flush(ctx);
-    }
     set_state(qp, IBV_QPS_RESET);
     quiesce(ctx, qp);
     cq_forget((struct cq *)(void *)qp->base.send_cq, qp->base.qp_num);

@@ -424,6 +424,25 @@ static void peer_is_gone(struct bench *bench)
     reconnect(bench);
 }
 
+/* Whoever takes a message and ends has acknowledged it: its sender succeeds. */
+static void ends_after_a_message(struct bench *bench)
+{
+    static const enum ibv_qp_state ends[] = {IBV_QPS_ERR, IBV_QPS_RESET};
+    struct ibv_wc wc;
+
+    for (int i = 0; i < 20; i++) {
+        set_rts(bench, 10, 1, 7);
+        for (int k = 0; k < 20; k++)
+            CHECK(!ibv_poll_cq(bench->peer_cq, 1, &wc)); /* by now the polling thread has the device to itself */
+        post_receive(bench, bench->b);
+        send_to_peer(bench, bench->a, IBV_SEND_SIGNALED);
+        CHECK(next_completion(bench->peer_cq).status == IBV_WC_SUCCESS);
+        modify(bench->b, ends[i % 2]);
+        CHECK(next_completion(bench->cq).status == IBV_WC_SUCCESS);
+    }
+    reconnect(bench);
+}
+
 static void flush(struct bench *bench)
 {
     struct ibv_wc wc;
@@ -717,7 +736,7 @@ int main(void)
     static void (*const tests[])(struct bench *) = {
         sends, inline_data, writes_and_reads, atomics, send_with_invalidate, unsignaled, order, long_messages,
         remote_access, queue_pair_access, too_long_for_the_receive, receive_without_a_key, send_without_a_key,
-        reads_that_were_not_agreed, receiver_not_ready, peer_is_gone, flush, drain, what_may_change,
+        reads_that_were_not_agreed, receiver_not_ready, peer_is_gone, ends_after_a_message, flush, drain, what_may_change,
         what_may_be_posted, unreliable, work_request_interface, shared_receives, over_a_bad_link,
     };
 
