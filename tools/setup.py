@@ -50,8 +50,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "lint": ("test", "lint"),
 }
 
-#: Verbs programs of others that the tests run on usroce.
-PROGRAMS = {"ibv_rc_pingpong": "ibverbs-utils", "ib_send_lat": "perftest", "tshark": "tshark"}
+#: Programs that the tests need: others' verbs programs run on usroce, ip makes hosts of network namespaces.
+PROGRAMS = {
+    "ibv_rc_pingpong": "ibverbs-utils",
+    "ib_send_lat": "perftest",
+    "ip": "iproute2",
+    "tshark": "tshark",
+}
 USES_PROGRAMS = ("test", "lint")
 
 #: For readers without apt-get.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import aiordma
 from aiordma import Config, Connection, RemoteRegion
+from aiordma.errors import ConnectionClosedError
 from aiordma.verbs import usroce
 
 OPERATIONS = 5000
@@ -247,8 +249,12 @@ class Exchange:
         claim = json.loads(await self.connection.recv())
         found = self.peer.digest_of(memory, claim["extents"])
         require(found == claim["digest"], "the memory is not what the peer wrote")
-        await self.connection.send(b"same")
+        said = self.connection.send(b"same")
         require(await self.connection.recv() == b"same", "a message too many")
+        with contextlib.suppress(
+            ConnectionClosedError
+        ):  # the peer has it, but its last acknowledgement was lost
+            await said
 
 
 def announce(slot: int, size: int, number: int) -> int:

@@ -5,13 +5,17 @@ Prints "right" when every operation did what it should.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
 import pyverbs.enums as e
 from pyverbs.addr import AHAttr, GlobalRoute
 from pyverbs.cq import CQ, CompChannel
 from pyverbs.device import Context, get_device_list
 from pyverbs.mr import MR
 from pyverbs.pd import PD
-from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
+from pyverbs.pyverbs_error import PyverbsRDMAError
+from pyverbs.qp import QP, QPAttr, QPCap, QPEx, QPInitAttr, QPInitAttrEx
 from pyverbs.wr import SGE, RecvWR, SendWR
 
 ACCESS = (
@@ -39,6 +43,8 @@ def main() -> None:
         for check in (write, read, atomics, send):
             check(a, b, cq, source, target)
         events(a, b, cq, channel, source, target)
+        granted(pd, cq, target)
+        refused(context, pd, cq)
     print("right")
 
 
@@ -126,6 +132,44 @@ def events(a: QP, b: QP, cq: CQ, channel: CompChannel, source: MR, target: MR) -
     channel.get_cq_event(cq)
     cq.ack_events(1)
     assert complete(cq) == [e.IBV_WC_RDMA_WRITE]
+
+
+def granted(pd: PD, cq: CQ, target: MR) -> None:
+    """As many receives as the queue pair says it has room for, and no more."""
+    cap = QPCap(max_send_wr=5, max_recv_wr=5, max_send_sge=1, max_recv_sge=1)
+    qp = QP(pd, QPInitAttr(qp_type=e.IBV_QPT_RC, scq=cq, rcq=cq, cap=cap))
+    qp.to_init(QPAttr(port_num=1))
+    room = qp.query(e.IBV_QP_CAP)[0].cap.max_recv_wr
+    assert room >= 5
+    receive = RecvWR(num_sge=1, sg=[SGE(target.buf, 8, target.lkey)])
+    for _ in range(room):
+        qp.post_recv(receive)
+    assert refusal(qp.post_recv, receive) == errno.ENOMEM
+    qp.close()
+
+
+def refused(context: Context, pd: PD, cq: CQ) -> None:
+    """What the device cannot send is said when the queue pair is made."""
+    cap = QPCap(max_send_wr=5, max_recv_wr=5)
+    attributes = QPInitAttrEx(
+        qp_type=e.IBV_QPT_RC,
+        scq=cq,
+        rcq=cq,
+        cap=cap,
+        pd=pd,
+        comp_mask=e.IBV_QP_INIT_ATTR_PD | e.IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
+        send_ops_flags=e.IBV_QP_EX_WITH_TSO,
+    )
+    assert refusal(QPEx, context, attributes) == errno.EOPNOTSUPP
+
+
+def refusal(call: Callable[..., object], *arguments: object) -> int:
+    """The errno that a call fails with."""
+    try:
+        call(*arguments)
+    except PyverbsRDMAError as error:
+        return int(error.error_code)
+    raise AssertionError("it was not refused")
 
 
 if __name__ == "__main__":

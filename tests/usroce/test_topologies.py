@@ -13,7 +13,7 @@ from aiordma.verbs import Context, usroce
 from tests.usroce import networks
 from tests.usroce.ends import End
 from tests.usroce.networks import Side
-from tests.usroce.processes import Processes, free_loopback_address, free_port
+from tests.usroce.processes import Process, Processes, free_loopback_address, free_port
 from tests.usroce.test_programs import need
 
 pytestmark = [pytest.mark.device, pytest.mark.usroce]
@@ -123,6 +123,26 @@ def test_two_hosts(processes: Processes, hosts: tuple[Side, Side], family: str) 
         report = json.loads(process.finish().splitlines()[-1])
         assert report["operations"] == 1000
         assert report["counters"]["bad_icrc"] > 0
+
+
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_every_operation(processes: Processes, hosts: tuple[Side, Side], family: str) -> None:
+    """1 B to 16 MiB, from each host to the other."""
+    addresses = [getattr(side, family) for side in hosts]
+
+    def start(which: int, *arguments: str) -> Process:
+        return processes.python(
+            "tests.usroce.operations",
+            *arguments,
+            *("--device", "usroce0"),
+            settings={"ADDRESS": addresses[which]},
+            namespace=hosts[which].namespace,
+        )
+
+    server = start(0, "serve", addresses[0])
+    client = start(1, "connect", addresses[0], server.line().removeprefix("listening "))
+    for process in (client, server):
+        assert process.finish().splitlines()[-1] == "right"
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
