@@ -73,14 +73,16 @@ class Bystanders:
         return max(0.0, others / max(1, total - self._all))
 
 
-def wait_for_rest(share: float, timeout: float) -> None:
-    """Until others used less than this share of the cores for a moment, or the timeout is over."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+def wait_for_rest(share: float, timeout: float) -> float:
+    """Until others use less than this share of the cores, or the timeout is over. Returns the seconds it took."""
+    started = now = time.monotonic()
+    while now - started < timeout:
         bystanders = Bystanders()
         time.sleep(0.2)
+        now = time.monotonic()
         if bystanders.share() <= share:
-            return
+            break
+    return now - started
 
 
 def libibverbs_version() -> str:

@@ -1,5 +1,5 @@
-/* Runs inputs of the fuzzer again: `replay FILE-OR-DIRECTORY...`. In place of the fuzzing engine, so that any compiler
- * builds it. It ends with 0, or it is aborted. */
+/* Runs inputs of the fuzzer again: `replay FILE-OR-DIRECTORY...`. In place of the fuzzing engine, so that any
+ * compiler builds it. It ends with 0, or it is aborted. */
 #include <dirent.h>
 #include <signal.h>
 #include <stdint.h>

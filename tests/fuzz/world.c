@@ -2,25 +2,10 @@
 #define _GNU_SOURCE /* MAP_ANONYMOUS */
 #include "world.h"
 
-#include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#include "icrc.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#define WITH_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define WITH_ASAN 1
-#endif
-#endif
 
 #if defined(WITH_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -29,38 +14,17 @@
 #endif
 
 enum {
-    GUARD_BYTES = 4096,
-    SECRET = 0xf5,      /* what is in memory that the peer must not read; no payload has it */
-    SECRET_RUN = 32,    /* so many of it in a row are no accident */
     STRANGER_PORT = 40000,
     QKEY = 0x11111111,
     CQ_LARGE = 512,
     CQ_SMALL = 4,
-    SETTLE_TURNS = 4000,
 };
 
 struct world world;
 
-static void print_qp(int index, const struct qp *qp)
+struct endpoint world_endpoint(void)
 {
-    const struct requester *req = &qp->req;
-    const struct responder *resp = &qp->resp;
-
-    fprintf(stderr,
-            "qp %d state %d: sq %u..%u..%u una %06x psn %06x sent %06x reads %u..%u window %u%s%s deadline %" PRId64
-            "; epsn %06x jobs %u..%u%s%s\n",
-            index, qp->base.state, qp->sq.tail, qp->sq.cursor, qp->sq.head, req->una, req->psn, req->sent_psn,
-            req->reads_tail, req->reads_head, req->window, req->stalled ? " stalled" : "",
-            req->rnr_waiting ? " rnr" : "", (int64_t)(qp->deadline - world.now), resp->epsn, resp->jobs_tail,
-            resp->jobs_head, resp->gap ? " gap" : "", resp->ack_pending ? " owes" : "");
-}
-
-_Noreturn void world_die(const char *file, int line, const char *condition)
-{
-    fprintf(stderr, "%s:%d: not so: %s\n", file, line, condition);
-    for (int i = 0; i < QPS && world.qps[i]; i++)
-        print_qp(i, world_qp(i));
-    abort();
+    return world.ctx->gids[0].link->local;
 }
 
 /* --- clock and chance ---------------------------------------------------------------------------------------- */
@@ -84,215 +48,21 @@ uint32_t __wrap_random_u32(void)
     return mixed ^ mixed >> 16;
 }
 
-/* --- the wire ------------------------------------------------------------------------------------------------ */
-
-struct frame_copy {
-    uint32_t size;
-    uint8_t data[LINK_MAX_FRAME];
-};
-
-static struct {
-    struct frame_copy frames[WIRE_FRAMES]; /* sent by the device to itself, oldest first */
-    uint32_t count;
-    struct view arrived[LINK_MAX_VIEWS], taken[LINK_MAX_VIEWS];
-    int num_arrived, num_taken;
-} wire;
-
-static struct endpoint own(void)
-{
-    return world.ctx->gids[0].link->local;
-}
-
-/* Nothing may go out that came from memory which the peer has no right to. */
-static void check_secrecy(const struct packet *packet)
-{
-    uint32_t run = 0;
-
-    if (!(packet->traits & WIRE_IS_READ_RESPONSE))
-        return;
-    for (uint32_t i = 0; i < packet->length; i++) {
-        run = packet->payload[i] == SECRET ? run + 1 : 0;
-        must(run < SECRET_RUN);
-    }
-}
-
-static void check_sent(uint8_t *data, uint32_t size, const struct endpoint *to)
-{
-    struct endpoint from = own();
-    struct view view = {.from = from, .data = data, .size = size};
-    struct packet packet;
-
-    must(wire_parse(data, size, &packet));
-    must(packet.length <= 4096);
-    must(icrc_check(&view, to, false));
-    check_secrecy(&packet);
-}
-
-static void wire_send(struct link *link, const struct frame *frame)
-{
-    struct frame_copy *copy = &wire.frames[wire.count < WIRE_FRAMES ? wire.count : WIRE_FRAMES - 1];
-
-    must(frame->size <= LINK_MAX_FRAME);
-    copy->size = 0;
-    for (int i = 0; i < frame->niov; i++) {
-        must(copy->size + frame->iov[i].iov_len <= frame->size);
-        memcpy(copy->data + copy->size, frame->iov[i].iov_base, frame->iov[i].iov_len);
-        copy->size += (uint32_t)frame->iov[i].iov_len;
-    }
-    must(copy->size == frame->size);
-    check_sent(copy->data, copy->size, frame->to);
-    link->counters->sent++;
-    if (frame->to->port == link->local.port && wire.count < WIRE_FRAMES)
-        wire.count++; /* else it is lost */
-}
-
-static void wire_flush(struct link *link)
-{
-    (void)link;
-}
-
-static int wire_receive(struct link *link, struct view *views, int max)
-{
-    (void)link;
-    for (; wire.num_taken; wire.num_taken--)
-        free(wire.taken[wire.num_taken - 1].data);
-    must(wire.num_arrived <= max);
-    memcpy(views, wire.arrived, (size_t)wire.num_arrived * sizeof(*views));
-    memcpy(wire.taken, wire.arrived, (size_t)wire.num_arrived * sizeof(*views));
-    wire.num_taken = wire.num_arrived;
-    wire.num_arrived = 0;
-    return wire.num_taken;
-}
-
-static uint64_t wire_deadline(const struct link *link)
-{
-    (void)link;
-    return NEVER;
-}
-
-static void wire_close(struct link *link)
-{
-    (void)link;
-}
-
-static const struct link_ops wire_ops = {
-    .send = wire_send,
-    .flush = wire_flush,
-    .receive = wire_receive,
-    .deadline = wire_deadline,
-    .close = wire_close,
-};
-
-static struct link wire_link = {.ops = &wire_ops};
-
-/* Puts the wire in the place of the UDP links. */
-static void wire_attach(struct context *ctx)
-{
-    must(ctx->num_gids == 1);
-    wire_link.local = ctx->gids[0].link->local;
-    wire_link.local.port = ROCE_UDP_PORT; /* whichever was free */
-    wire_link.counters = &ctx->counters;
-    wire_link.fd = -1;
-    ctx->gids[0].link->ops->close(ctx->gids[0].link);
-    ctx->gids[0].link = &wire_link;
-    ctx->udp_port = ROCE_UDP_PORT;
-}
-
-/* Where the frame would come from, had the peer sent it. */
-static struct endpoint peer_of(const uint8_t *frame, uint32_t size)
-{
-    struct endpoint peer = own();
-
-    for (int i = 0; i < QPS && size >= WIRE_BTH; i++)
-        if ((frame[5] << 16 | frame[6] << 8 | frame[7]) == (int)world.qps[i]->qp_num && world_qp(i)->slot)
-            peer = world_qp(i)->remote;
-    return peer;
-}
-
-void wire_give(const uint8_t *frame, uint32_t size, enum sender sender, uint16_t ip_id, uint32_t damage)
-{
-    struct view *view = &wire.arrived[wire.num_arrived];
-    struct endpoint to = own();
-    struct iovec iov;
-    uint32_t icrc;
-
-    if (wire.num_arrived == LINK_MAX_VIEWS)
-        return;
-    view->from = peer_of(frame, size);
-    if (sender == OTHER_ADDRESS)
-        view->from.gid.raw[15] ^= 2;
-    if (sender == OTHER_PORT)
-        view->from.port++;
-    view->data = malloc(size ? size : 1); /* of its own, so that reading beyond it is seen */
-    must(view->data);
-    view->size = size;
-    view->ip_id = ip_id;
-    view->traffic_class = 0;
-    memcpy(view->data, frame, size);
-    if (size >= WIRE_BTH + WIRE_ICRC) {
-        iov = (struct iovec){view->data, size};
-        icrc = icrc_frame(&view->from, &to, &iov, 1, size) ^ icrc_adjustment(size, ip_id) ^ damage;
-        memcpy(view->data + size - WIRE_ICRC, &icrc, sizeof(icrc));
-    }
-    wire.num_arrived++;
-}
-
-void wire_progress(bool rest)
-{
-    pthread_mutex_lock(&world.ctx->lock);
-    progress_poll(world.ctx, !rest);
-    if (rest)
-        progress_hand_over(world.ctx);
-    pthread_mutex_unlock(&world.ctx->lock);
-}
-
-uint32_t wire_count(void)
-{
-    return wire.count;
-}
-
-uint8_t *wire_frame(uint32_t k, uint32_t *size)
-{
-    *size = wire.frames[k].size;
-    return wire.frames[k].data;
-}
-
-void wire_drop(uint32_t k)
-{
-    wire.count--;
-    for (; k < wire.count; k++) {
-        wire.frames[k].size = wire.frames[k + 1].size;
-        memcpy(wire.frames[k].data, wire.frames[k + 1].data, wire.frames[k + 1].size);
-    }
-}
-
-static void wire_clear(void)
-{
-    for (; wire.num_arrived; wire.num_arrived--)
-        free(wire.arrived[wire.num_arrived - 1].data);
-    wire.count = 0;
-}
-
 /* --- memory -------------------------------------------------------------------------------------------------- */
-
-static uint8_t *arena;
-
-static uint8_t *guard(int i)
-{
-    return arena + (size_t)i * (GUARD_BYTES + REGION_BYTES);
-}
 
 static void make_arena(void)
 {
     size_t size = (size_t)REGIONS * (GUARD_BYTES + REGION_BYTES) + GUARD_BYTES;
+    uint8_t *arena = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-    arena = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(arena != MAP_FAILED);
     memset(arena, SECRET, size);
+    for (int i = 0; i <= REGIONS; i++) {
+        world.guards[i] = arena + (size_t)i * (GUARD_BYTES + REGION_BYTES);
+        ASAN_POISON_MEMORY_REGION(world.guards[i], GUARD_BYTES);
+    }
     for (int i = 0; i < REGIONS; i++)
-        world.regions[i] = guard(i) + GUARD_BYTES;
-    for (int i = 0; i <= REGIONS; i++)
-        ASAN_POISON_MEMORY_REGION(guard(i), GUARD_BYTES);
+        world.regions[i] = world.guards[i] + GUARD_BYTES;
 }
 
 static bool is_readable(int region)
@@ -305,25 +75,6 @@ static void fill_region(int region)
     memset(world.regions[region], is_readable(region) ? region : SECRET, REGION_BYTES);
     if (region == WINDOWED)
         memset(world.regions[region] + WINDOW_1, region, 2 * WINDOW_BYTES);
-}
-
-static void check_bytes(const uint8_t *bytes, uint8_t value, size_t size)
-{
-    must(bytes[0] == value && memcmp(bytes, bytes + 1, size - 1) == 0);
-}
-
-void world_check_memory(void)
-{
-    const uint8_t *windowed = world.regions[WINDOWED];
-
-    check_bytes(world.regions[READABLE], READABLE, REGION_BYTES);
-    check_bytes(world.regions[FOREIGN], SECRET, REGION_BYTES);
-    check_bytes(windowed, SECRET, WINDOW_1);
-    check_bytes(windowed + WINDOW_2 + WINDOW_BYTES, SECRET, REGION_BYTES - WINDOW_2 - WINDOW_BYTES);
-#if !defined(WITH_ASAN)
-    for (int i = 0; i <= REGIONS; i++)
-        check_bytes(guard(i), SECRET, GUARD_BYTES);
-#endif
 }
 
 void world_register(enum region region)
@@ -426,7 +177,7 @@ static struct ibv_ah_attr address(bool known_port, bool ours)
         .grh = {.hop_limit = 64},
     };
 
-    attr.grh.dgid = own().gid;
+    attr.grh.dgid = world_endpoint().gid;
     return attr;
 }
 
@@ -559,105 +310,6 @@ static void drain_events(void)
         ibv_ack_async_event(&event);
 }
 
-/* --- what must hold ------------------------------------------------------------------------------------------ */
-
-static void check_requester(const struct qp *qp)
-{
-    const struct requester *req = &qp->req;
-    const struct sq *sq = &qp->sq;
-    uint32_t posted = sq->head - sq->tail;
-
-    must(posted <= qp->cap.max_send_wr && sq->cursor - sq->tail <= posted);
-    must(req->reads_head - req->reads_tail <= MAX_RD_ATOMIC);
-    must(psn_diff(req->una, req->psn) <= 0 && psn_diff(req->psn, req->sent_psn) <= 0);
-    if (qp->base.state != IBV_QPS_RTS || qp->base.qp_type != IBV_QPT_RC)
-        return;
-    if (req->una != req->sent_psn) /* what is under way is waited for */
-        must(qp->deadline != NEVER && qp->heap_index);
-    else if (posted) /* nothing is: then it is about to go */
-        must(!list_empty(&qp->in_tx));
-}
-
-static void check_responder(const struct qp *qp)
-{
-    const struct responder *resp = &qp->resp;
-
-    must(resp->jobs_head - resp->jobs_tail <= resp->jobs_capacity);
-    if (resp->jobs_head != resp->jobs_tail || (resp->ack_pending && list_empty(&qp->in_acks)))
-        must(!list_empty(&qp->in_tx));
-    if (qp->base.state == IBV_QPS_ERR)
-        must(!resp->have_wqe && !resp->ack_pending);
-}
-
-static void check_qp(const struct qp *qp)
-{
-    if (qp->base.state == IBV_QPS_RESET)
-        return;
-    check_requester(qp);
-    check_responder(qp);
-    if (qp->base.state == IBV_QPS_ERR) {
-        must(qp->sq.head == qp->sq.tail && rq_count(&qp->rq) == 0);
-        must(list_empty(&qp->in_tx) && list_empty(&qp->in_acks));
-    }
-}
-
-void world_check_queues(void)
-{
-    for (int i = 0; i < QPS; i++)
-        check_qp(world_qp(i));
-}
-
-/* --- settling ------------------------------------------------------------------------------------------------ */
-
-static void deliver_all(void)
-{
-    for (uint32_t i = 0; i < wire.count; i++)
-        wire_give(wire.frames[i].data, wire.frames[i].size, PEER, 0, 0);
-    wire.count = 0;
-}
-
-/* Work that must come to an end by itself. */
-static bool is_busy(void)
-{
-    if (wire.count || wire.num_arrived || !list_empty(&world.ctx->tx_ready))
-        return true;
-    for (int i = 0; i < QPS; i++) {
-        const struct qp *qp = world_qp(i);
-
-        if (qp->base.state == IBV_QPS_RTS && qp->sq.tail != qp->sq.head)
-            return true;
-    }
-    return false;
-}
-
-/* The next thing that happens by itself is a timer. */
-static void let_time_pass(void)
-{
-    uint64_t next = NEVER;
-
-    for (int i = 0; i < QPS; i++)
-        if (world_qp(i)->deadline < next)
-            next = world_qp(i)->deadline;
-    if (next != NEVER && next > world.now)
-        world.now = next;
-}
-
-void world_settle(void)
-{
-    int turns = 0;
-
-    wire_progress(true);
-    while (is_busy()) {
-        must(turns++ < SETTLE_TURNS);
-        if (!wire.count && list_empty(&world.ctx->tx_ready))
-            let_time_pass();
-        deliver_all();
-        wire_progress(true);
-        for (int i = 0; i < CQS; i++)
-            world_poll(i);
-    }
-}
-
 /* --- beginning ----------------------------------------------------------------------------------------------- */
 
 static struct context *open_device(void)
@@ -696,7 +348,7 @@ void world_open(void)
     if (world.ctx)
         return;
     world.ctx = open_device();
-    wire_attach(world.ctx);
+    cable_attach(world.ctx);
     world.ctx->thread_running = true; /* it is not: then none is started */
     world.pd = ibv_alloc_pd(&world.ctx->verbs.context);
     world.other_pd = ibv_alloc_pd(&world.ctx->verbs.context);
@@ -739,7 +391,7 @@ void world_reset(void)
     world.now = 1000u * 1000u * 1000u;
     world.num_posted = 0;
     memset(world.last_completed, 0, sizeof(world.last_completed));
-    wire_clear();
+    cable_clear();
     for (int i = 0; i < QPS; i++)
         reset_qp(i);
     drain_events();

@@ -40,6 +40,17 @@ FIELDS = (
 WARNING = 0x00600000
 
 
+def need(program: str, package: str) -> str:
+    """Its path. That it is not there is a failure where a device is required."""
+    found = shutil.which(program)
+    if found is None:
+        reason = f"{program} is not installed (Debian: {package})"
+        if required_devices():
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
 class Decode(Protocol):
     def __call__(self, path: Path, *options: str) -> list[dict[str, str]]: ...
 
@@ -47,12 +58,7 @@ class Decode(Protocol):
 @pytest.fixture(scope="module")
 def decode(tmp_path_factory: pytest.TempPathFactory) -> Decode:
     """Runs tshark on a capture; returns the fields of each packet."""
-    program = shutil.which("tshark")
-    if program is None:
-        reason = "tshark is not installed (Debian: tshark)"
-        if required_devices():
-            pytest.fail(reason)
-        pytest.skip(reason)
+    program = need("tshark", "tshark")
     # Without the settings of whoever runs the tests.
     home = tmp_path_factory.mktemp("tshark")
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LC_ALL": "C.UTF-8"}
@@ -225,13 +231,19 @@ async def test_a_capture_shows_what_the_faults_left(decode: Decode, tmp_path: Pa
 
 
 def test_datagrams(decode: Decode, processes: Processes, tmp_path: Path, address: str) -> None:
-    program = shutil.which("ibv_ud_pingpong")
-    if program is None:
-        pytest.skip("ibv_ud_pingpong is not installed (Debian: ibverbs-utils)")
     port = free_port()
-    settings = {"ADDRESS": address, "PCAP": str(tmp_path / "%p.pcap")}
-    environment = program_environment(settings)
-    command = [program, "-d", "usroce0", "-g", "0", "-n", "20", "-p", str(port)]
+    environment = program_environment({"ADDRESS": address, "PCAP": str(tmp_path / "%p.pcap")})
+    command = [
+        need("ibv_ud_pingpong", "ibverbs-utils"),
+        "-d",
+        "usroce0",
+        "-g",
+        "0",
+        "-n",
+        "20",
+        "-p",
+        str(port),
+    ]
     server = processes.start(*command, environment=environment)
     server.wait_until_listening(port)
     client = processes.start(*command, "127.0.0.1", environment=environment)

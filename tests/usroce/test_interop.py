@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.device, pytest.mark.rxe]
 MIB = 1 << 20
 SOAK = bool(os.environ.get("AIORDMA_SOAK"))
 OPERATIONS = 5000 if SOAK else 1000  # of each end
+LIMIT = 500.0 if SOAK else DEADLINE  # seconds for them
 LARGE_FRAMES = 9000  # bytes: for RoCE's largest MTU
 
 
@@ -223,6 +224,7 @@ BAD = {
 SERVERS = {"loss": "rxe", "duplicate": "usroce", "corrupt": "rxe", "reorder": "usroce", "all": "rxe"}
 
 
+@pytest.mark.timeout(LIMIT + 20)
 @pytest.mark.parametrize("rate", [1, 5] if SOAK else [2])
 @pytest.mark.parametrize(
     ("what", "server"),
@@ -233,7 +235,7 @@ def test_mixed_operations(
 ) -> None:
     """Ten thousand of them, whoever serves, with AIORDMA_SOAK=1."""
     serving, acting = in_order(hosts, server)
-    options = ("--operations", str(OPERATIONS), "--ack-timeout", "15")
+    options = ("--operations", str(OPERATIONS), "--ack-timeout", "15", "--timeout", str(LIMIT))
     with bad_way(hosts, *BAD[what].format(rate=rate).split()):
         peer = serving.address("ipv4")
         server_process = start_module(
@@ -244,5 +246,5 @@ def test_mixed_operations(
             processes, acting, "ipv4", "mixed", "connect", peer, port, "--device", acting.device, *options
         )
         for process in (client_process, server_process):
-            report = json.loads(process.finish().splitlines()[-1])
+            report = json.loads(process.finish(LIMIT).splitlines()[-1])
             assert report["operations"] == OPERATIONS
