@@ -226,6 +226,7 @@ class Exchange:
                 continue
             slot = self._look(value, next(announced, -1), memory)
             acks.append(self.connection.write(b"", self.remote[:0], notify=ACK | slot))
+            acks[-1].add_done_callback(_retrieved)
         await asyncio.gather(*acks)
 
     def _look(self, value: int, number: int, memory: memoryview) -> int:
@@ -255,6 +256,12 @@ class Exchange:
             ConnectionClosedError
         ):  # the peer has it, but its last acknowledgement was lost
             await said
+
+
+def _retrieved(operation: asyncio.Future[None]) -> None:
+    """When the connection ends, whoever waits for something says so; this one need not."""
+    if not operation.cancelled():
+        operation.exception()
 
 
 def announce(slot: int, size: int, number: int) -> int:
@@ -290,7 +297,11 @@ def parser() -> argparse.ArgumentParser:
 
 async def main(options: argparse.Namespace) -> None:
     config = Config(
-        mode=options.mode, eager_size=options.max_size, ack_timeout=options.ack_timeout, retry_count=7
+        mode=options.mode,
+        eager_size=options.max_size,
+        ack_timeout=options.ack_timeout,
+        retry_count=7,
+        keepalive=0,  # on a bad way two of its probes may well be lost in a row
     )
     plans = [Plan.draw(2 * options.seed + end, options.operations, options.max_size) for end in range(2)]
     async with asyncio.timeout(options.timeout):

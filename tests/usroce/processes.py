@@ -80,12 +80,18 @@ class Process:
 
     def finish(self, deadline: float = DEADLINE) -> str:
         """Waits for its end, which must be a good one; returns everything that it printed."""
-        until = time.monotonic() + deadline
-        while self._receive(until):
-            pass
-        status = self._popen.wait(max(0.0, until - time.monotonic()))
-        assert status == 0, f"{self.name} ended with status {status}:\n{self.printed}"
-        return self.printed
+        (output,) = finish(self, deadline=deadline)
+        return output
+
+    def wait(self, until: float) -> str | None:
+        """What went wrong until its end, or None."""
+        try:
+            while self._receive(until):
+                pass
+        except AssertionError as silence:
+            return str(silence)
+        status = self._popen.wait(DEADLINE)
+        return f"{self.name} ended with status {status}:\n{self.printed}" if status else None
 
     def wait_until_listening(self, port: int) -> None:
         """Looks into the kernel's table: a program that serves one connection must not get a trial one."""
@@ -167,6 +173,17 @@ class Processes:
     def end(self) -> None:
         for process in reversed(self._started):
             process.end()
+
+
+def finish(*processes: Process, deadline: float = DEADLINE) -> list[str]:
+    """Waits for the end of all, which must be good ones; returns everything that each printed.
+
+    When one fails, so do those that it talks with: the message has all of them.
+    """
+    until = time.monotonic() + deadline
+    failures = list(filter(None, [process.wait(until) for process in processes]))
+    assert not failures, "\n".join(failures)
+    return [process.printed for process in processes]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import pytest
 from aiordma.cli.usroce import program_environment
 from tests.usroce import networks
 from tests.usroce.networks import Side
-from tests.usroce.processes import DEADLINE, Process, Processes, free_port
+from tests.usroce.processes import DEADLINE, Process, Processes, finish, free_port
 from tests.usroce.test_programs import need
 
 pytestmark = [pytest.mark.device, pytest.mark.rxe]
@@ -125,8 +125,7 @@ def play(processes: Processes, server: Host, client: Host, family: str, program:
     serving.wait_until_listening(port)
     peer = server.address("ipv4")
     playing = start_program(processes, client, family, program, port, *options, peer)
-    for process in (playing, serving):
-        output = process.finish()
+    for output in finish(playing, serving):
         assert " iters in " in output
         assert "invalid data" not in output
 
@@ -180,8 +179,8 @@ def every_operation(processes: Processes, server: Host, client: Host, family: st
     acting = start_module(
         processes, client, family, "operations", "connect", peer, port, "--device", client.device
     )
-    for process in (acting, serving):
-        assert process.finish().splitlines()[-1] == "right"
+    for output in finish(acting, serving):
+        assert output.splitlines()[-1] == "right"
 
 
 @pytest.mark.parametrize(
@@ -224,18 +223,21 @@ BAD = {
 SERVERS = {"loss": "rxe", "duplicate": "usroce", "corrupt": "rxe", "reorder": "usroce", "all": "rxe"}
 
 
+#: With AIORDMA_SOAK=1: whoever serves, and twenty seeds of all at once.
+WAYS = [(what, server, 1) for what in BAD for server in (["rxe", "usroce"] if SOAK else [SERVERS[what]])] + [
+    ("all", ["rxe", "usroce"][seed % 2], seed) for seed in range(2, 21) if SOAK
+]
+
+
 @pytest.mark.timeout(LIMIT + 20)
 @pytest.mark.parametrize("rate", [1, 5] if SOAK else [2])
-@pytest.mark.parametrize(
-    ("what", "server"),
-    [(what, server) for what in BAD for server in (["rxe", "usroce"] if SOAK else [SERVERS[what]])],
-)
+@pytest.mark.parametrize(("what", "server", "seed"), WAYS)
 def test_mixed_operations(
-    processes: Processes, hosts: tuple[Host, Host], what: str, rate: int, server: str
+    processes: Processes, hosts: tuple[Host, Host], what: str, rate: int, server: str, seed: int
 ) -> None:
-    """Ten thousand of them, whoever serves, with AIORDMA_SOAK=1."""
+    """Ten thousand of them, with AIORDMA_SOAK=1."""
     serving, acting = in_order(hosts, server)
-    options = ("--operations", str(OPERATIONS), "--ack-timeout", "15", "--timeout", str(LIMIT))
+    options = [f"--operations={OPERATIONS}", "--ack-timeout=15", f"--timeout={LIMIT}", f"--seed={seed}"]
     with bad_way(hosts, *BAD[what].format(rate=rate).split()):
         peer = serving.address("ipv4")
         server_process = start_module(
@@ -245,6 +247,6 @@ def test_mixed_operations(
         client_process = start_module(
             processes, acting, "ipv4", "mixed", "connect", peer, port, "--device", acting.device, *options
         )
-        for process in (client_process, server_process):
-            report = json.loads(process.finish(LIMIT).splitlines()[-1])
+        for output in finish(client_process, server_process, deadline=LIMIT):
+            report = json.loads(output.splitlines()[-1])
             assert report["operations"] == OPERATIONS

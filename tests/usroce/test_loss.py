@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.usroce import mixed
-from tests.usroce.processes import Processes
+from tests.usroce.processes import Processes, finish
 
 pytestmark = [pytest.mark.device, pytest.mark.usroce]
 
@@ -34,7 +34,7 @@ def run_mixed(
     client = processes.python(
         "tests.usroce.mixed", "connect", "127.0.0.1", port, *options, settings=settings[1]
     )
-    reports = [json.loads(process.finish().splitlines()[-1]) for process in (client, server)]
+    reports = [json.loads(output.splitlines()[-1]) for output in finish(client, server)]
     for report in reports:
         assert report["operations"] == mixed.OPERATIONS
         assert report["device"] == "usroce0"

@@ -12,7 +12,7 @@ import pytest
 
 from aiordma.cli.usroce import program_environment
 from tests.conftest import required_devices
-from tests.usroce.processes import Processes, free_port
+from tests.usroce.processes import Processes, finish, free_port
 
 pytestmark = [pytest.mark.device, pytest.mark.usroce]
 
@@ -32,7 +32,7 @@ def need(program: str) -> str:
     return found
 
 
-def run_pair(processes: Processes, address: str, program: str, *options: str) -> tuple[str, str]:
+def run_pair(processes: Processes, address: str, program: str, *options: str) -> list[str]:
     """A program with itself, as server and client; what both printed."""
     port = free_port()
     environment = program_environment({"ADDRESS": address})
@@ -40,7 +40,7 @@ def run_pair(processes: Processes, address: str, program: str, *options: str) ->
     server = processes.start(*command, environment=environment)
     server.wait_until_listening(port)
     client = processes.start(*command, "127.0.0.1", environment=environment)
-    return client.finish(), server.finish()
+    return finish(client, server)
 
 
 # --- ibv_devinfo ---------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_started_by_aiordma(processes: Processes, address: str) -> None:
     server = processes.python("aiordma", *run, *options)
     server.wait_until_listening(port)
     client = processes.python("aiordma", *run, *options, "127.0.0.1")
-    for output in (client.finish(), server.finish()):
+    for output in finish(client, server):
         assert "100 iters in " in output
         assert f"GID ::ffff:{address}" in output
 

@@ -13,7 +13,7 @@ from aiordma.verbs import Context, usroce
 from tests.usroce import networks
 from tests.usroce.ends import End
 from tests.usroce.networks import Side
-from tests.usroce.processes import Process, Processes, free_loopback_address, free_port
+from tests.usroce.processes import Process, Processes, finish, free_loopback_address, free_port
 from tests.usroce.test_programs import need
 
 pytestmark = [pytest.mark.device, pytest.mark.usroce]
@@ -40,8 +40,8 @@ def test_four_processes_all_connected(processes: Processes, address: str) -> Non
     assert len(set(udp_ports)) == count
     for index, node in enumerate(nodes):
         node.tell(json.dumps(ports[:index]))
-    for node in nodes:
-        assert node.finish().splitlines()[-1] == "done"
+    for output in finish(*nodes):
+        assert output.splitlines()[-1] == "done"
 
 
 def open_device(address: str) -> Context:
@@ -119,8 +119,8 @@ def test_two_hosts(processes: Processes, hosts: tuple[Side, Side], family: str) 
         settings=settings[1],
         namespace=hosts[1].namespace,
     )
-    for process in (client, server):
-        report = json.loads(process.finish().splitlines()[-1])
+    for output in finish(client, server):
+        report = json.loads(output.splitlines()[-1])
         assert report["operations"] == 1000
         assert report["counters"]["bad_icrc"] > 0
 
@@ -141,8 +141,8 @@ def test_every_operation(processes: Processes, hosts: tuple[Side, Side], family:
 
     server = start(0, "serve", addresses[0])
     client = start(1, "connect", addresses[0], server.line().removeprefix("listening "))
-    for process in (client, server):
-        assert process.finish().splitlines()[-1] == "right"
+    for output in finish(client, server):
+        assert output.splitlines()[-1] == "right"
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
@@ -158,8 +158,7 @@ def test_c_programs_on_two_hosts(
     client = processes.start(
         *command, hosts[0].ipv4, environment=environments[1], namespace=hosts[1].namespace
     )
-    for process in (client, server):
-        output = process.finish()
+    for output in finish(client, server):
         assert "200 iters in " in output
         assert "invalid data" not in output
         assert LID in output
