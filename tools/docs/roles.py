@@ -1,7 +1,7 @@
 """Docstrings for mkdocstrings: roles such as :class:`~a.B` become links, ``text::`` opens a literal block.
 
-A name is looked up where the docstring stands, then in its class, its module, the errors and the public names of
-the package, as a reader would.  What belongs to aiordma becomes a link to the reference, and mkdocs complains if
+A name is looked up where the docstring stands, then in its class, its module, its packages and the errors, as a
+reader would.  What belongs to aiordma becomes a link to the reference, and mkdocs complains if
 that has no such entry; what belongs to others (asyncio, ssl) stays code, for links out of the site would need the
 network when it is built.
 """
@@ -55,7 +55,7 @@ def _scopes(obj: griffe.Object, package: griffe.Module) -> Iterator[griffe.Objec
     scope: griffe.Object | None = obj
     while scope is not None and scope is not package:
         yield scope
-        scope = None if scope.is_module else scope.parent
+        scope = scope.parent
     yield package.modules["errors"]
     yield package
 
