@@ -31,7 +31,7 @@ from .rpc import (
 )
 
 INITIAL_MESSAGES = 32
-INITIAL_BYTES = 256 * 1024
+INITIAL_BYTES = 1024 * 1024
 #: A window never exceeds these, so that a peer cannot make numbers grow without end.
 MAX_MESSAGES = (1 << 31) - 1
 MAX_BYTES = (1 << 62) - 1

@@ -30,10 +30,11 @@ of them, calls.py and client.py the other side, pacing.py the streams within cal
 from ..protocol.rpc import CallKind, Metadata, StatusCode
 from .builtin import Health, MethodInfo
 from .calls import BidiCall, ClientStreamCall, ServerStreamCall, StreamCall, UnaryCall
-from .client import CallDetails, ClientInterceptor, RpcClient, RpcClientStatistics
+from .client import RpcClient, RpcClientStatistics
 from .context import EOF, InvalidReplyError, Requests, ServerContext
 from .errors import RpcConnectionError, RpcError, RpcTimeoutError
-from .server import RpcServer, RpcServerStatistics, ServerInterceptor
+from .interceptors import CallDetails, ClientInterceptor, ServerInterceptor
+from .server import RpcServer, RpcServerStatistics
 from .service import Method, Service, bidi, client_stream, server_stream, unary
 
 __all__ = [

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from ..errors import MisuseError
 from ..protocol.rpc import CallKind, Metadata, Payload, StatusCode, StatusFrame, end_frame
 from ..protocol.rpc_calls import CallerCall
-from ..send_queue import Operation
 from .codec import Codec, InvalidMessage
 from .context import EOF, EndOfStream, InvalidReplyError
 from .errors import RpcError, RpcTimeoutError, status_error
-from .pacing import Incoming, Outgoing, retrieve, send_frame
+from .pacing import Incoming, Outgoing, Sent, retrieve, send_frame
 
 if TYPE_CHECKING:
     from .client import RpcClient
@@ -46,7 +45,7 @@ class UnaryCall(asyncio.Future[T]):
         self._client = client
         self._codec = codec
         self._call: CallerCall[Any] | None = None
-        self._operation: Operation | None = None
+        self._operation: Sent | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._trailing: Metadata = {}
 

@@ -6,13 +6,13 @@ One task reads and hands what comes to the calls; a call is an entry in its tabl
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from ..errors import ConnectionLostError, MisuseError, ProtocolError
+from ..errors import ConnectionLostError, MisuseError, RdmaError
+from ..large_messages import LargeSend
 from ..protocol.rpc import (
     CallKind,
     MessageFrame,
@@ -28,7 +28,6 @@ from ..protocol.rpc import (
     encode_metadata,
 )
 from ..protocol.rpc_calls import CallerCall, CallerCalls
-from ..send_queue import Operation
 from ..transport import Connection
 from .builtin import HEALTH, Health, HealthReply, HealthRequest
 from .calls import (
@@ -41,41 +40,13 @@ from .calls import (
 )
 from .codec import InvalidMessage, codec_for, encode_request
 from .errors import RpcConnectionError, RpcError, RpcTimeoutError
-from .pacing import send_frame
+from .interceptors import CallDetails, ClientInterceptor, ProceedStream, ProceedUnary
+from .pacing import Sent, send_frame, slices
 from .server import MAX_MESSAGE_SIZE
 
 T = TypeVar("T")
 Requests = AsyncIterable[Any] | Iterable[Any] | None
 _Owner = UnaryCall[Any] | StreamCall[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CallDetails:
-    """What a call is made with. Interceptors may change it with ``dataclasses.replace``."""
-
-    method: str
-    kind: CallKind
-    timeout: float | None = None
-    metadata: Metadata = dataclasses.field(default_factory=dict)
-
-
-#: ``await proceed(request, details)`` makes the call and returns its reply.
-ProceedUnary = Callable[[Any, CallDetails], Awaitable[Any]]
-#: ``proceed(details)`` begins the call and returns it.
-ProceedStream = Callable[[CallDetails], StreamCall[Any]]
-
-
-class ClientInterceptor:
-    """Wraps calls of a client; override what you need. The first one in the list is the outermost."""
-
-    async def unary(self, proceed: ProceedUnary, request: Any, details: CallDetails) -> Any:
-        """Around a unary call: may change what it is made with, make it again, or answer itself."""
-        return await proceed(request, details)
-
-    def stream(self, proceed: ProceedStream, details: CallDetails) -> StreamCall[Any]:
-        """At the beginning of any other call: may change what it is made with, and use its
-        ``add_done_callback``."""
-        return proceed(details)
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,10 +375,13 @@ class RpcClient:
             self._calls.forget(entry)
             owner._fail(RpcConnectionError(error, owner.method))
             return None
-        except BaseException:
+        except RdmaError as error:
             self._calls.forget(entry)
-            raise
+            owner._fail(self._not_sent(error, owner.method))
+            return None
         self._made += 1
+        if isinstance(operation, LargeSend):
+            operation.add_done_callback(lambda sent: self._large_ended(entry, sent))
         if isinstance(owner, UnaryCall):
             owner._operation = operation
         return entry
@@ -424,6 +398,20 @@ class RpcClient:
         details = f"{what} of {len(payload)} bytes; this client allows {self.max_message_size}"
         return RpcError(StatusCode.RESOURCE_EXHAUSTED, details, method=method)
 
+    def _large_ended(self, call: CallerCall[_Owner], sent: asyncio.Future[Any]) -> None:
+        """A large request was taken by the server, or could not be sent, which does not end the connection."""
+        if not self.connection.is_closing() and not sent.cancelled() and (error := sent.exception()):
+            self._calls.forget(call)
+            call.owner._fail(self._not_sent(error, call.owner.method))
+
+    @staticmethod
+    def _not_sent(error: BaseException, method: str) -> RpcError:
+        failure = RpcError(
+            StatusCode.RESOURCE_EXHAUSTED, f"the request cannot be sent: {error}", method=method
+        )
+        failure.__cause__ = error
+        return failure
+
     def _start_task(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """A task that ends before the client has closed."""
         task = self._loop.create_task(coroutine, name=name)
@@ -433,7 +421,7 @@ class RpcClient:
 
     # --- how calls end -------------------------------------------------------------------------------
 
-    def _abandon(self, call: CallerCall[Any] | None, operation: Operation | None) -> None:
+    def _abandon(self, call: CallerCall[Any] | None, operation: Sent | None) -> None:
         """Nobody waits for the call any more."""
         if call is None:
             return
@@ -448,15 +436,14 @@ class RpcClient:
         try:
             while True:
                 self._received(await self.connection.recv())
-        except ProtocolError as error:
+        except RdmaError as error:
+            # The end of the connection; else a breach by the server, or no memory for a large reply.
             if not self.connection.is_closing():
                 self.connection.fail(error)
             self._connection_ended()
-        except ConnectionLostError:
-            self._connection_ended()
 
     def _received(self, message: bytes) -> None:
-        frame = decode(message)
+        frame = decode(slices(message))
         call = self._calls.received(frame)
         if call is None:
             return
@@ -520,11 +507,3 @@ def _check_requests(requests: Requests) -> None:
         requests, AsyncIterable | Iterable
     ):
         raise MisuseError(f"requests are an iterable of messages, not {type(requests).__name__}")
-
-
-__all__ = [
-    "CallDetails",
-    "ClientInterceptor",
-    "RpcClient",
-    "RpcClientStatistics",
-]

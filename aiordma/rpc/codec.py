@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from ..buffers import bytes_view
 from ..errors import MisuseError
 from ..protocol.rpc import Payload
 
@@ -50,15 +51,22 @@ class BytesCodec:
         if message.__class__ is bytes:
             return message
         try:
-            view = memoryview(message)
-            view = view.cast("B") if view.nbytes else memoryview(b"")
-        except (TypeError, ValueError, BufferError):
+            view = bytes_view(message)
+        except MisuseError:
             raise InvalidMessage(f"bytes are needed, not {type(message).__name__}") from None
         return bytes(view) if view.nbytes <= COPY_LIMIT else view
 
-    def decode(self, payload: Payload) -> bytes:
+    def decode(self, payload: Payload) -> Payload:
         """A copy only where the payload is not bytes."""
         return payload if isinstance(payload, bytes) else bytes(payload)
+
+
+class ViewCodec(BytesCodec):
+    """The same, but what is received is a ``memoryview``, which saves the copy of a large one."""
+
+    def decode(self, payload: Payload) -> Payload:
+        """A view of the message as it was received."""
+        return memoryview(payload)
 
 
 class JsonCodec:
@@ -105,6 +113,7 @@ class JsonCodec:
 
 
 BYTES = BytesCodec()
+_VIEW = ViewCodec()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -113,9 +122,12 @@ def _json_codec(kind: Any) -> JsonCodec:
 
 
 def codec_for(kind: Any) -> Codec:
-    """The codec of a type; bytes for ``bytes`` and other buffers. Raises :class:`MisuseError`."""
-    if kind in (bytes, bytearray, memoryview, Payload):
+    """The codec of a type: of ``bytes`` and ``memoryview`` as they are, of others as JSON. Raises
+    :class:`MisuseError`."""
+    if kind is bytes:
         return BYTES
+    if kind is memoryview:
+        return _VIEW
     try:
         return _json_codec(kind)
     except TypeError:  # a type that cannot be hashed

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
 from ..protocol.rpc import CallFrame, CallKind, Metadata, Payload, StatusCode, encode_metadata
 from ..protocol.rpc_calls import CalleeCall
-from ..send_queue import Operation
 from ..transport import Connection
 from .codec import InvalidMessage
 from .errors import RpcError, status_error
-from .pacing import Incoming, Outgoing
+from .pacing import Incoming, Outgoing, Sent
 from .service import Method
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class ServerContext:
         self._method = method
         self._task: asyncio.Task[Payload] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._answer: Operation | None = None  # the status, on its way
+        self._answer: Sent | None = None  # the status, on its way
         self._ended: RpcError | None = None  # why the call has ended while its handler runs
         self._placed = False  # holds a place of the limits
         self._trailing = b""

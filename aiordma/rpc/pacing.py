@@ -9,21 +9,41 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ..large_messages import LargeSend
 from ..protocol.rpc import Payload, message_head, window_frame
 from ..protocol.rpc_calls import ReceiveWindow, SendWindow
 from ..send_queue import Operation
 from ..transport import Connection
+from .codec import COPY_LIMIT
+
+#: A frame on its way. A large one can fail by itself, for want of memory that the device may read; a small one
+#: fails only together with its connection.
+Sent = Operation | LargeSend
+#: Payloads up to this size are joined with their head: cheaper than two parts, and sent as eager messages anyway.
+_JOIN_LIMIT = 2048
 
 
-def send_frame(connection: Connection, head: bytes, payload: Payload = b"") -> Operation:
-    """Sends one frame; nobody needs to await it. A failure ends the connection, which says so itself.
+def send_frame(connection: Connection, head: bytes, payload: Payload = b"") -> Sent:
+    """Sends one frame; nobody needs to await it. The payload must not change before that is done.
 
-    Raises :class:`~aiordma.errors.ConnectionLostError` when the connection has ended. The payload must not
-    change before the operation is done.
+    Raises :class:`~aiordma.errors.ConnectionLostError` when the connection has ended, and for large payloads
+    :class:`~aiordma.errors.MessageTooLargeError` (the peer takes no such messages) and
+    :class:`~aiordma.errors.MemoryLimitError`.
     """
-    operation = connection.send(b"".join((head, payload)) if len(payload) else head)
-    operation.add_done_callback(retrieve)
-    return operation
+    size = len(payload)
+    if not size:
+        sent = connection.send(head)
+    elif size <= _JOIN_LIMIT:
+        sent = connection.send(b"".join((head, payload)))
+    else:
+        sent = connection.send((head, payload))
+    sent.add_done_callback(retrieve)
+    return sent
+
+
+def slices(message: bytes) -> Payload:
+    """A received message, so that taking it apart copies no large payload."""
+    return message if len(message) <= COPY_LIMIT else memoryview(message)
 
 
 def retrieve(future: asyncio.Future[Any]) -> None:
@@ -68,8 +88,9 @@ class Outgoing:
         self._error: Callable[[], Exception] | None = None
 
     async def send(self, payload: Payload) -> None:
-        """Returns when the message is on its way, or where it is a large buffer of the user's own, when the
-        peer has it. Waits while the window is closed. Raises what :meth:`end` was given.
+        """Returns when the message is on its way; if it is a large one, or a buffer of the user's own, when the
+        peer has it. Waits while the window is closed. Raises what :meth:`end` was given, and as
+        :func:`send_frame`.
 
         Cancelled: the message has been sent, or will not be.
         """
@@ -78,10 +99,11 @@ class Outgoing:
             await self._waiters.wait()
         if self._error is not None:
             raise self._error()
+        sent = send_frame(self._connection, message_head(self._call_id), payload)
         window.sent(len(payload))
-        operation = send_frame(self._connection, message_head(self._call_id), payload)
-        if not isinstance(payload, bytes):
-            await asyncio.shield(operation)  # cancelled alone, it would leave a hole in the window's account
+        if isinstance(sent, LargeSend) or not isinstance(payload, bytes):
+            # Cancelled with its sender, it would leave a hole in the account of the window.
+            await asyncio.shield(sent)
 
     def opened(self) -> None:
         """The window has grown."""

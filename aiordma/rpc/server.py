@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import MisuseError
 from ..protocol.rpc import Payload, StatusCode
@@ -17,13 +16,9 @@ from ..transport import Connection
 from .builtin import Health, health_service, reflection_service
 from .context import ServerContext
 from .errors import RpcError
+from .interceptors import ServerInterceptor
 from .service import Handler, Method, Service
 from .serving import Serving
-
-#: ``await proceed(request, context)`` runs the rest of the call and returns its reply (None for a stream).
-Proceed = Callable[[Any, ServerContext], Awaitable[Any]]
-#: Wraps the handler of every call: ``async def interceptor(proceed, request, context) -> reply``.
-ServerInterceptor = Callable[[Proceed, Any, ServerContext], Awaitable[Any]]
 
 MAX_MESSAGE_SIZE = 64 * 1024 * 1024
 

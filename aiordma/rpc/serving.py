@@ -11,9 +11,17 @@ Refusals are awaited before the next frame is read: a client that does not read 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConnectionClosedError, MisuseError, ProtocolError, RdmaError
+from ..errors import (
+    ConnectionClosedError,
+    MemoryLimitError,
+    MessageTooLargeError,
+    MisuseError,
+    ProtocolError,
+    RdmaError,
+)
+from ..large_messages import LargeSend
 from ..protocol.rpc import (
     CallFrame,
     CancelFrame,
@@ -27,11 +35,10 @@ from ..protocol.rpc import (
 )
 from ..protocol.rpc_admission import Lane, Verdict
 from ..protocol.rpc_calls import CalleeCall, CalleeCalls
-from ..send_queue import Operation
 from ..transport import Connection
 from .context import InvalidReplyError, ServerContext
 from .errors import RpcError
-from .pacing import send_frame
+from .pacing import Sent, send_frame, slices
 
 if TYPE_CHECKING:
     from .server import RpcServer
@@ -66,11 +73,11 @@ class Serving:
 
     # --- frames --------------------------------------------------------------------------------------
 
-    def _received(self, message: bytes) -> Operation | None:
+    def _received(self, message: bytes) -> Sent | None:
         """A frame of the client. Returns an answer that is to leave before the next frame is read. Raises
         :class:`ProtocolError` after failing the connection."""
         try:
-            frame = decode(message)
+            frame = decode(slices(message))
             call = self._calls.received(frame, self.loop.time())
         except ProtocolError as error:
             self.connection.fail(error)  # closes, and tells the client why
@@ -93,7 +100,7 @@ class Serving:
             self.stop(context, RpcError(StatusCode.CANCELLED, "the caller cancelled the call"))
         return None
 
-    def _message(self, context: ServerContext, payload: Payload) -> Operation | None:
+    def _message(self, context: ServerContext, payload: Payload) -> Sent | None:
         assert context._incoming is not None
         try:
             self.check_size(payload, "a request")
@@ -113,7 +120,7 @@ class Serving:
 
     # --- a call begins -------------------------------------------------------------------------------
 
-    def _begin(self, frame: CallFrame, call: CalleeCall[ServerContext]) -> Operation | None:
+    def _begin(self, frame: CallFrame, call: CalleeCall[ServerContext]) -> Sent | None:
         try:
             context = call.owner = self._admit(frame, call)
         except RpcError as error:
@@ -237,13 +244,31 @@ class Serving:
         details: str,
         trailing: bytes,
         payload: Payload,
-    ) -> Operation | None:
+    ) -> Sent | None:
         if not self._calls.answer(call):
             return None
         self.server._count(code)
         if self.connection.is_closing():
             return None
-        return send_frame(self.connection, status_head(call.call_id, code, details, trailing), payload)
+        try:
+            sent = send_frame(self.connection, status_head(call.call_id, code, details, trailing), payload)
+        except (MessageTooLargeError, MemoryLimitError) as error:
+            return self._reply_failed(call, error)
+        if isinstance(sent, LargeSend):
+            sent.add_done_callback(lambda sent: self._large_ended(call, sent))
+        return sent
+
+    def _large_ended(self, call: CalleeCall[ServerContext], sent: asyncio.Future[Any]) -> None:
+        if not self.connection.is_closing() and not sent.cancelled() and (error := sent.exception()):
+            self._reply_failed(call, error)
+
+    def _reply_failed(self, call: CalleeCall[ServerContext], error: BaseException) -> Sent:
+        """A large reply cannot be sent, by itself: the caller hears that instead."""
+        self.loop.call_exception_handler(
+            {"message": f"an RPC reply to {self.connection.peer} cannot be sent", "exception": error}
+        )
+        details = f"the reply cannot be sent: {error}"
+        return send_frame(self.connection, status_head(call.call_id, StatusCode.RESOURCE_EXHAUSTED, details))
 
     def _leave_when_answered(self, context: ServerContext) -> None:
         """The handler has ended, or never began: what is left is the answer, on its way."""

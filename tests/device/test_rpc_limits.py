@@ -83,7 +83,8 @@ async def test_a_deadline_that_passes_in_the_queue() -> None:
         gate.open.set()
         assert await first == b"1"
         assert len(gate.contexts) == 1
-        assert server.statistics().codes == {"OK": 1, "DEADLINE_EXCEEDED": 1}
+        codes = server.statistics().codes  # by the server's clock or by the client's, which also cancels
+        assert codes in ({"OK": 1, "DEADLINE_EXCEEDED": 1}, {"OK": 1, "CANCELLED": 1})
 
 
 async def test_a_handler_that_ignores_its_deadline() -> None:

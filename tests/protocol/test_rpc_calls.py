@@ -36,6 +36,7 @@ KINDS = st.sampled_from(list(CallKind))
 SIZES = st.one_of(st.integers(0, 1000), st.integers(INITIAL_BYTES // 8, 3 * INITIAL_BYTES))
 
 
+@settings(deadline=None)
 @given(st.lists(SIZES, max_size=200), st.data())
 def test_a_stream_never_stands_still_and_never_exceeds_its_window(
     sizes: list[int], data: st.DataObject
@@ -202,7 +203,7 @@ def test_the_server_refuses_what_the_client_must_not_send(frames: list[Frame]) -
 # --- both ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_two_tables_agree_whatever_the_order(data: st.DataObject) -> None:
     """A client and a server that do what they may, on two ways that keep order, with every crossing: neither ever
