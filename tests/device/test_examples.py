@@ -79,10 +79,14 @@ def test_one_sided() -> None:
 
 def test_rpc() -> None:
     text = served(["rpc_server.py"], ["rpc_client.py"])
-    assert "100 calls at the same time, all hashes right" in text
-    assert "divide b'84 2' = 42" in text
-    assert "failed with status invalid: division by zero" in text
-    assert "call of 'sleep' not answered within 0.2 s" in text
+    assert "the server is SERVING" in text
+    assert "stored 100 entries" in text
+    assert "100 calls at the same time, all replies right" in text
+    assert "scan found value 0, value 1, value 2, ..." in text
+    assert "all hashes right" in text
+    assert "failed with NOT_FOUND: there is no key 'nowhere'" in text
+    assert "failed with INVALID_ARGUMENT: the request is not valid: key: String should have" in text
+    assert "call of 'kv/sleep': DEADLINE_EXCEEDED" in text
 
 
 def test_demo() -> None:
