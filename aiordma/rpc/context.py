@@ -199,7 +199,9 @@ class ServerContext:
     async def _run(self, handler: Callable[[Any, ServerContext], Any]) -> Payload:
         """Runs the handler; whatever is wrong with it, down to its result, is an exception of this task."""
         kind = self._method.kind
-        request: Any = Requests(self) if kind & 1 else self._decode(self._frame.payload)
+        payload, self._frame.payload = self._frame.payload, b""  # not held while the handler runs
+        request: Any = Requests(self) if kind & 1 else self._decode(payload)
+        del payload
         reply = await handler(request, self)
         if not kind & 2:
             return self._encode(reply)

@@ -44,7 +44,9 @@ class RpcServer:
     :class:`RpcError` instead. ``max_concurrent`` (1 or more) calls run at a time and ``max_queued`` (0 or more)
     wait; what comes beyond is refused with ``RESOURCE_EXHAUSTED``. ``max_concurrent_per_connection`` and
     ``max_queued_per_connection`` are the same for each connection, None for no other limit than the server's.
-    ``max_message_size`` in bytes is for requests and replies, each message of a stream by itself.
+    The requests of calls that wait hold up to ``max_queued_bytes``. ``max_message_size`` in bytes is for requests
+    and replies, each message of a stream by itself; what a connection receives at all is limited by
+    ``Config.max_message_size``.
     ``cancel_grace`` in seconds is how long a handler may take to end after its cancellation when its connection
     has ended or the server drains; then it is reported and left alone. ``reflection=False`` hides the list of
     methods.
@@ -63,17 +65,19 @@ class RpcServer:
         max_queued: int = 16384,
         max_concurrent_per_connection: int | None = None,
         max_queued_per_connection: int | None = None,
+        max_queued_bytes: int = 256 * 1024 * 1024,
         max_message_size: int = MAX_MESSAGE_SIZE,
         cancel_grace: float = 5.0,
         reflection: bool = True,
     ) -> None:
-        if max_message_size < 0 or cancel_grace < 0:
-            raise MisuseError("max_message_size and cancel_grace are not negative")
+        if min(max_message_size, max_queued_bytes, cancel_grace) < 0:
+            raise MisuseError("max_message_size, max_queued_bytes and cancel_grace are not negative")
         self.admission: Admission[ServerContext] = Admission(
             max_running=max_concurrent,
             max_waiting=max_queued,
             lane_running=max_concurrent_per_connection,
             lane_waiting=max_queued_per_connection,
+            max_bytes=max_queued_bytes,
         )
         self.max_message_size = max_message_size
         self.cancel_grace = cancel_grace

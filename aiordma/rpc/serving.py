@@ -150,7 +150,7 @@ class Serving:
             return context
         if server.draining:
             raise RpcError(StatusCode.UNAVAILABLE, "the server is shutting down")
-        verdict, reason = server.admission.offer(self.lane, context)
+        verdict, reason = server.admission.offer(self.lane, context, len(frame.payload))
         if verdict is Verdict.REFUSED:
             raise RpcError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: {reason}")
         if verdict is Verdict.RUN:

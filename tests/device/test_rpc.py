@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from aiordma.protocol.rpc import (
     CallFrame,
     CallKind,
     CancelFrame,
+    EndFrame,
+    Frame,
     MessageFrame,
     StatusFrame,
     WindowFrame,
@@ -499,6 +503,57 @@ async def test_a_breach_of_protocol_closes_its_connection_only(frames: list[byte
         assert isinstance(seen[0]["exception"], ProtocolError)
         gate.open.set()
         assert await call == b"unharmed"
+
+
+def random_frame(random: Random) -> bytes:
+    """Any frame, mostly a valid one, of few calls: so that they meet."""
+    call_id, method = random.randrange(4), random.choice(["echo", "wait", "talk", "nothing"])
+    frames: list[Frame] = [
+        CallFrame(call_id, method, random.choice(list(CallKind)), b"", random.choice([0, 1, 10**6])),
+        CallFrame(call_id, "echo", CallKind.UNARY, random.randbytes(random.choice([0, 100, 9000]))),
+        CallFrame(call_id, "talk", CallKind.BIDI),
+        MessageFrame(call_id, random.randbytes(random.choice([0, 10, 9000]))),
+        EndFrame(call_id),
+        CancelFrame(call_id),
+        CancelFrame(call_id),
+        WindowFrame(call_id, random.randrange(100), random.randrange(10**6)),
+    ]
+    data = bytearray(encode(random.choice(frames)))
+    if not random.randrange(30):
+        data[random.randrange(len(data))] = random.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_random_frames_harm_nobody_else(seed: int) -> None:
+    random, gate = Random(seed), Gate()
+    methods = service(wait=gate, echo=echo)
+
+    @methods.bidi
+    async def talk(requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield request
+
+    rpc = RpcServer(methods, max_concurrent=4, max_queued=4, max_concurrent_per_connection=3)
+    async with (
+        aiordma.serve(rpc, "127.0.0.1", 0, config=CONFIG) as server,
+        aiordma.connect("127.0.0.1", server.port, config=CONFIG) as good,
+        RpcClient(good) as client,
+    ):
+        with reports() as seen:
+            async with aiordma.connect("127.0.0.1", server.port, config=CONFIG) as wild:
+                try:
+                    for _ in range(100):
+                        await wild.send(random_frame(random))
+                        async with asyncio.timeout(0):
+                            await wild.recv()
+                except (ConnectionLostError, TimeoutError):
+                    pass
+                assert await client.unary("echo", b"unharmed") == b"unharmed"
+            await eventually(lambda: rpc.statistics().unanswered == 0)
+        assert all(isinstance(context["exception"], ProtocolError) for context in seen)
+        assert (rpc.statistics().running, rpc.statistics().waiting) == (0, 0)
+        assert rpc.admission.waiting_bytes == 0
 
 
 async def test_the_client_refuses_nonsense_of_the_server() -> None:

@@ -384,7 +384,7 @@ async def test_cancelling_who_awaits_the_reply() -> None:
 
 async def test_deadline_of_a_stream(talk: Talk) -> None:
     async with calling(talking(talk)) as client:
-        call = client.bidi("talk", timeout=0.1)
+        call = client.bidi("talk", timeout=2)
         await call.write(b"1")
         with pytest.raises(RpcTimeoutError):
             async for _ in call:

@@ -13,9 +13,15 @@ from aiordma.errors import MisuseError
 from aiordma.protocol.rpc_admission import Admission, Lane, Verdict
 
 
-def admission(running: int, waiting: int, lane: int | None = None, lane_waiting: int | None = None) -> Any:
+def admission(
+    running: int, waiting: int, lane: int | None = None, lane_waiting: int | None = None, nbytes: int = 1000
+) -> Any:
     return Admission[str](
-        max_running=running, max_waiting=waiting, lane_running=lane, lane_waiting=lane_waiting
+        max_running=running,
+        max_waiting=waiting,
+        lane_running=lane,
+        lane_waiting=lane_waiting,
+        max_bytes=nbytes,
     )
 
 
@@ -77,6 +83,19 @@ def test_withdrawing_and_closing() -> None:
     assert limits.next_call() == "d"
 
 
+def test_calls_that_wait_hold_a_limited_number_of_bytes() -> None:
+    limits, lane = admission(1, 100, nbytes=10), Lane[str]()
+    assert limits.offer(lane, "a", 1000)[0] is Verdict.RUN
+    assert limits.offer(lane, "b", 7)[0] is Verdict.WAIT
+    verdict, reason = limits.offer(lane, "c", 4)
+    assert (verdict, reason) == (Verdict.REFUSED, "those that wait hold 7 bytes")
+    assert limits.offer(lane, "d", 3)[0] is Verdict.WAIT
+    assert limits.withdraw(lane, "b")
+    assert limits.offer(lane, "e", 7)[0] is Verdict.WAIT
+    limits.close(lane)
+    assert (limits.waiting, limits.waiting_bytes) == (0, 0)
+
+
 @pytest.mark.parametrize("limits", [(0, 1), (1, -1), (1, 1, 0), (1, 1, 1, -1)])
 def test_bad_limits(limits: tuple[int, ...]) -> None:
     with pytest.raises(MisuseError, match="limits"):
@@ -88,9 +107,12 @@ class Model(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.limits: Admission[int] = Admission(max_running=3, max_waiting=4, lane_running=2, lane_waiting=3)
+        self.limits: Admission[int] = Admission(
+            max_running=3, max_waiting=4, lane_running=2, lane_waiting=3, max_bytes=10
+        )
         self.lanes = [Lane[int]() for _ in range(3)]
         self.owner: dict[int, Lane[int]] = {}
+        self.size: dict[int, int] = {}
         self.running: list[int] = []
         self.answering: list[int] = []
         self.waiting: list[int] = []
@@ -101,11 +123,12 @@ class Model(RuleBasedStateMachine):
             self.waiting.remove(call)
             self.running.append(call)
 
-    @rule(index=st.integers(0, 2))
-    def offer(self, index: int) -> None:
+    @rule(index=st.integers(0, 2), nbytes=st.integers(0, 6))
+    def offer(self, index: int, nbytes: int) -> None:
         self.count += 1
+        self.size[self.count] = nbytes
         lane = self.owner[self.count] = self.lanes[index]
-        verdict, reason = self.limits.offer(lane, self.count)
+        verdict, reason = self.limits.offer(lane, self.count, nbytes)
         assert bool(reason) == (verdict is Verdict.REFUSED)
         if verdict is Verdict.RUN:
             self.running.append(self.count)
@@ -147,6 +170,7 @@ class Model(RuleBasedStateMachine):
     def limits_hold(self) -> None:
         assert self.limits.running == len(self.running) <= 3
         assert self.limits.waiting == len(self.waiting) <= 4
+        assert self.limits.waiting_bytes == sum(self.size[call] for call in self.waiting) <= 10
         for lane in self.lanes:
             busy = [call for call in self.running + self.answering if self.owner[call] is lane]
             assert lane.unanswered == len(busy) <= 2
