@@ -27,7 +27,9 @@ from the annotations: ``bytes``, or whatever pydantic can validate; what is not 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import types
 import typing
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -152,8 +154,7 @@ class _Shape:
         self._function = function
         self._kind = kind
         self._name = name
-        plain = inspect.isfunction(function) or inspect.ismethod(function)
-        self._code = function if plain else getattr(function, "__call__", function)  # noqa: B004
+        self._code = _code(function)
         self._generates = inspect.isasyncgenfunction(self._code)
         self._check()
         parameters = [
@@ -175,8 +176,15 @@ class _Shape:
             )
 
     def _resolve(self) -> dict[str, Any]:
+        """The types of request and reply; others, such as that of the context, need not be there at run time."""
+        found = inspect.get_annotations(self._code) if inspect.isroutine(self._code) else {}
+        wanted = {name: found[name] for name in (self._parameters[0].name, "return") if name in found}
         try:
-            return typing.get_type_hints(self._code, include_extras=True)
+            return typing.get_type_hints(
+                types.SimpleNamespace(__annotations__=wanted),
+                globalns=getattr(inspect.unwrap(self._code), "__globals__", None),
+                include_extras=True,
+            )
         except Exception as error:  # whatever evaluating an annotation may raise
             raise MisuseError(
                 f"the annotations of {self._name!r} cannot be resolved ({error}): types are looked up in the "
@@ -212,6 +220,13 @@ class _Shape:
                     await context.write(reply)
 
         return write_all
+
+
+def _code(function: Any) -> Any:
+    """Where the annotations are: the function itself, that of a partial, or the ``__call__`` of an object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) else type(function).__call__.__get__(function)
 
 
 def _item(hint: Any, name: str) -> Any:

@@ -76,6 +76,7 @@ async def test_calls_at_the_same_time_get_their_own_replies() -> None:
         assert client.statistics().calls == 200
 
 
+@pytest.mark.timeout(600)  # an emulated machine takes its time
 async def test_ten_thousand_calls_at_the_same_time() -> None:
     """All of them wait at the server at once, for none is answered before the last has come."""
     count, come = 10_000, 0
@@ -95,6 +96,7 @@ async def test_ten_thousand_calls_at_the_same_time() -> None:
         assert client.statistics().pending == 0
 
 
+@pytest.mark.timeout(600)  # an emulated machine takes its time
 async def test_ten_thousand_calls_through_the_queue() -> None:
     """With the limits as they are by default, most of them wait for their turn."""
     async with calling(service(echo=echo)) as client:

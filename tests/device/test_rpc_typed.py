@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -208,6 +209,39 @@ async def test_views_instead_of_bytes() -> None:
         assert isinstance(reply, memoryview)
         assert bytes(reply) == b"bc"
         assert kinds == [memoryview] * 2
+
+
+async def test_handlers_of_other_forms() -> None:
+    """Wrapped functions, partial ones, and annotations that are not there at run time."""
+
+    def logged(function: Any) -> Any:
+        @functools.wraps(function)
+        async def wrapper(*arguments: Any) -> Any:
+            return await function(*arguments)
+
+        return wrapper
+
+    service = Service("")
+
+    @service.unary
+    @logged
+    async def wrapped(request: Get) -> Value:
+        return Value(value=request.key)
+
+    @service.unary
+    async def unknown_context(request: Get, context: Nowhere) -> Value:  # type: ignore[name-defined]  # noqa: F821
+        return Value(value=str(context.method))
+
+    async def suffix(end: str, request: Get) -> Value:
+        return Value(value=request.key + end)
+
+    service.add(functools.partial(suffix, "!"), name="partial")
+    async with calling(service) as client:
+        values = [
+            (await client.unary(name, Get(key="k"), reply_type=Value)).value
+            for name in ("wrapped", "unknown_context", "partial")
+        ]
+        assert values == ["k", "unknown_context", "k!"]
 
 
 # --- health and reflection ----------------------------------------------------------------------------
