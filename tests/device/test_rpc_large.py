@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from aiordma import Config
 from aiordma.errors import MemoryLimitError, MessageTooLargeError
 from aiordma.protocol.rpc_calls import INITIAL_BYTES
-from aiordma.rpc import RpcClient, RpcError, RpcServer, Service, StatusCode
+from aiordma.rpc import RpcClient, RpcError, RpcServer, ServerContext, Service, StatusCode
 from tests.device.calling import Gate, calling, connected, echo, eventually, reports, service
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("no_leaked_tasks")]
@@ -164,3 +164,33 @@ async def test_no_memory_for_a_large_message(side: str, monkeypatch: pytest.Monk
             assert len(seen) == (side == "reply")
         assert await client.unary("echo", LARGE) == LARGE
         assert client.statistics().pending == 0
+
+
+async def test_no_memory_for_what_the_server_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client cannot take a reply in, and so no later one either: the connection ends with that reason."""
+    async with connected(RpcServer(methods())) as connection, RpcClient(connection) as client:
+
+        def refuse(*_: Any) -> Any:
+            raise MemoryLimitError("no more memory may be locked")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(connection._adapter.pool, "pin_new_bytes", refuse)
+            with pytest.raises(RpcError, match="no more memory may be locked") as caught:
+                await client.unary("grow", b"200000")
+            assert caught.value.code is StatusCode.UNAVAILABLE
+
+
+async def test_a_handler_uses_the_memory_that_its_caller_shares() -> None:
+    """Calls and one-sided operations go together: the call says what to do, RDMA WRITE carries the data."""
+    made = Service("")
+
+    @made.unary
+    async def fill(payload: bytes, context: ServerContext) -> bytes:
+        region = await context.connection.remote("results")
+        await context.connection.write(payload * len(region), region)
+        return b"%d" % len(region)
+
+    async with calling(made) as client, client.connection.allocate(10_000) as lease:
+        await client.connection.share("results", lease, "write")
+        assert await client.unary("fill", b"x") == b"10000"
+        assert bytes(lease) == b"x" * 10_000
