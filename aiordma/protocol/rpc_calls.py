@@ -216,6 +216,10 @@ class CalleeCall(Generic[T]):
         self.receive_window = ReceiveWindow() if kind & 1 else None
         self.send_window = SendWindow() if kind & 2 else None
 
+    def limit(self, deadline: float) -> None:
+        """The server's own deadline, where it is earlier."""
+        self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
+
 
 class CalleeCalls(Generic[T]):
     """The calls of one client that have no status yet."""

@@ -47,9 +47,10 @@ class RpcServer:
     The requests of calls that wait hold up to ``max_queued_bytes``. ``max_message_size`` in bytes is for requests
     and replies, each message of a stream by itself; what a connection receives at all is limited by
     ``Config.max_message_size``.
-    ``cancel_grace`` in seconds is how long a handler may take to end after its cancellation when its connection
-    has ended or the server drains; then it is reported and left alone. ``reflection=False`` hides the list of
-    methods.
+    ``max_call_time`` in seconds is the longest that any call may take, with a deadline of its caller or without;
+    None: as long as the caller waits. ``cancel_grace`` in seconds is how long a handler may take to end after its
+    cancellation when its connection has ended or the server drains; then it is reported and left alone.
+    ``reflection=False`` hides the list of methods.
 
     A handler that raises, hangs or returns what is not of its type harms only its call: :class:`RpcError` tells
     the caller something, of any other exception the caller hears the type (``UNKNOWN``), and the loop's exception
@@ -67,11 +68,14 @@ class RpcServer:
         max_queued_per_connection: int | None = None,
         max_queued_bytes: int = 256 * 1024 * 1024,
         max_message_size: int = MAX_MESSAGE_SIZE,
+        max_call_time: float | None = None,
         cancel_grace: float = 5.0,
         reflection: bool = True,
     ) -> None:
         if min(max_message_size, max_queued_bytes, cancel_grace) < 0:
             raise MisuseError("max_message_size, max_queued_bytes and cancel_grace are not negative")
+        if max_call_time is not None and not max_call_time > 0:
+            raise MisuseError(f"max_call_time={max_call_time}: more than 0 seconds, or None")
         self.admission: Admission[ServerContext] = Admission(
             max_running=max_concurrent,
             max_waiting=max_queued,
@@ -80,6 +84,7 @@ class RpcServer:
             max_bytes=max_queued_bytes,
         )
         self.max_message_size = max_message_size
+        self.max_call_time = max_call_time
         self.cancel_grace = cancel_grace
         self.refused = 0
         self.draining = False

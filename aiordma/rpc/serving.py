@@ -127,6 +127,9 @@ class Serving:
             self.server.refused += 1
             return self._send_status(call, error.code, error.details, b"", b"")
         self.server._accepted(context)
+        longest = self.server.max_call_time
+        if longest is not None:
+            call.limit(self.loop.time() + longest)
         context._set_deadline(self._expired)
         return None
 

@@ -89,6 +89,15 @@ def test_rpc() -> None:
     assert "call of 'kv/sleep': DEADLINE_EXCEEDED" in text
 
 
+def test_the_rpc_server_ends_in_order() -> None:
+    with running("rpc_server.py") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdigit()
+        process.terminate()
+        text, _ = process.communicate()
+    assert (process.returncode, text) == (0, "")
+
+
 def test_demo() -> None:
     text = output("demo.py")
     assert text.count("equal") == 2

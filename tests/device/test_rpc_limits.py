@@ -63,6 +63,18 @@ async def test_the_server_keeps_the_deadline_by_itself() -> None:
         await gate.cancelled.acquire()
 
 
+async def test_the_longest_time_that_the_server_gives() -> None:
+    gate = Gate()
+    async with calling(service(wait=gate), max_call_time=0.5) as client:
+        calls = [client.unary("wait"), client.unary("wait", timeout=60)]
+        for _ in calls:
+            await gate.entered.acquire()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in results] == [RpcTimeoutError] * 2
+        for _ in calls:
+            await gate.cancelled.acquire()
+
+
 async def test_no_time_left() -> None:
     server = RpcServer(service(echo=echo))
     async with calling(server) as client:
@@ -370,7 +382,9 @@ async def test_one_server_for_several_connections_drains_all() -> None:
             assert await asyncio.gather(*calls) == [b"1", b"2"]
 
 
-@pytest.mark.parametrize("options", [{"max_concurrent": 0}, {"max_queued": -1}, {"max_message_size": -1}])
+@pytest.mark.parametrize(
+    "options", [{"max_concurrent": 0}, {"max_queued": -1}, {"max_message_size": -1}, {"max_call_time": 0}]
+)
 def test_bad_limits(options: dict[str, int]) -> None:
     with pytest.raises(MisuseError):
         RpcServer(**options)  # type: ignore[arg-type]

@@ -162,6 +162,10 @@ def test_the_server_knows_the_deadline() -> None:
     other = calls.received(CallFrame(2, "m"), now=10.0)
     assert other is not None
     assert other.deadline is None
+    for known in (call, other):
+        known.limit(11.0)
+        known.limit(12.0)
+        assert known.deadline == 11.0
 
 
 def test_frames_that_cross_the_status_are_dropped() -> None:
