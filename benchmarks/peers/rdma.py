@@ -1,0 +1,98 @@
+"""aiordma: messages, and unary RPC over them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import aiordma
+
+from .clients import Channel, client_of
+from .interface import HOST, OUTSTANDING, Bytes, Client, Desk, Peer, Unavailable
+
+if TYPE_CHECKING:
+    from aiordma.config import Mode
+
+METHOD = "call"
+
+
+async def answer_messages(connection: aiordma.Connection, desk: Desk) -> None:
+    """Answers are not awaited one by one: that would be a round trip each before the next message is looked at."""
+    sending = deque[asyncio.Future[None]]()
+    async for message in connection:
+        answer = desk.answer(message)
+        if answer is not None:
+            sending.append(connection.send(answer))
+        if len(sending) == OUTSTANDING:
+            await sending.popleft()
+
+
+class Messages(Peer):
+    """send() and recv() in one of the modes."""
+
+    def __init__(self, mode: Mode, device: str) -> None:
+        self._device, self._config = device, aiordma.Config(mode=mode)
+
+    @contextlib.asynccontextmanager
+    async def serve(self, desk: Desk) -> AsyncIterator[int]:
+        async def handler(connection: aiordma.Connection) -> None:
+            await answer_messages(connection, desk)
+
+        async with aiordma.serve(handler, HOST, 0, device=self._device, config=self._config) as server:
+            yield server.port
+
+    @contextlib.asynccontextmanager
+    async def connect(self, port: int, outstanding: int) -> AsyncIterator[Client]:
+        async with (
+            aiordma.connect(HOST, port, device=self._device, config=self._config) as connection,
+            client_of(Channel(connection.send, connection.recv), outstanding) as client,
+        ):
+            yield client
+
+    def versions(self) -> dict[str, str]:
+        return {"aiordma": aiordma.__version__}
+
+
+class _Caller(Client):
+    """A block is a call with an empty reply."""
+
+    def __init__(self, call: Callable[[str, bytes], Awaitable[Bytes]]) -> None:
+        self._call = call
+
+    async def request(self, data: bytes) -> Bytes:
+        return await self._call(METHOD, data)
+
+    async def push(self, block: bytes) -> None:
+        await self._call(METHOD, block)
+
+
+class Rpc(Messages):
+    """Unary calls whose request and reply are bytes."""
+
+    def __init__(self, mode: Mode, device: str) -> None:
+        super().__init__(mode, device)
+        self._rpc: Any = importlib.import_module("aiordma.rpc")
+        if not (hasattr(self._rpc, "RpcServer") and hasattr(self._rpc, "RpcClient")):
+            raise Unavailable("aiordma.rpc has no RpcServer and RpcClient")
+
+    @contextlib.asynccontextmanager
+    async def serve(self, desk: Desk) -> AsyncIterator[int]:
+        async def call(payload: bytes) -> Bytes:
+            answer = desk.answer(payload)
+            return b"" if answer is None else answer
+
+        handler = self._rpc.RpcServer({METHOD: call})
+        async with aiordma.serve(handler, HOST, 0, device=self._device, config=self._config) as server:
+            yield server.port
+
+    @contextlib.asynccontextmanager
+    async def connect(self, port: int, outstanding: int) -> AsyncIterator[Client]:
+        async with (
+            aiordma.connect(HOST, port, device=self._device, config=self._config) as connection,
+            self._rpc.RpcClient(connection) as client,
+        ):
+            yield _Caller(client.call)
