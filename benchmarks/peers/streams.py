@@ -8,13 +8,10 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from .clients import Channel, client_of
-from .interface import HOST, LARGE, SMALL, Bytes, Client, Desk, Peer, Unavailable
+from .interface import HOST, SMALL, Bytes, Client, Desk, Peer, Unavailable
 
 if TYPE_CHECKING:
     import aiordma
-
-#: Of the reader's buffer: with the default of 64 KiB, reading stops and starts again many times in a block.
-LIMIT = 2 * LARGE
 
 
 class _Stream:
@@ -45,7 +42,7 @@ class Streams(Peer):
     """``package`` has open_connection() and start_server(): asyncio or aiordma."""
 
     def __init__(self, package: str = "asyncio", **aiordma_options: Any) -> None:
-        self._options: dict[str, Any] = {"limit": LIMIT}
+        self._options: dict[str, Any] = {}
         self._package: Any = asyncio
         if package == "aiordma":
             self._use_aiordma(**aiordma_options)
