@@ -218,10 +218,11 @@ async def measure(peer: Peer, driver: Driver, port: int, scenario: str, seconds:
 
 
 def explain(error: BaseException) -> str:
-    """The first of several."""
+    """The first of several, and what it came from."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"
+    return f"{text}; from {explain(error.__cause__)}" if error.__cause__ else text
 
 
 def run(job: Coroutine[Any, Any, None], loop: str) -> None:
