@@ -182,7 +182,8 @@ def report(found: dict[str, str], results: Results) -> str:
         lines += table(results, scenario)
     missing = [f"- {name}: {reason}" for name, reason in results.unavailable.items()]
     for (scenario, name), reasons in results.problems.items():
-        missing.append(f"- {name}, {scenario.name}: failed {len(reasons)} times, the last: {reasons[-1]}")
+        failed = "failed once" if len(reasons) == 1 else f"failed {len(reasons)} times, the last"
+        missing.append(f"- {name}, {scenario.name}: {failed}: {reasons[-1]}")
     return "\n".join([*lines, *(["", "## Missing", "", *missing] if missing else [])])
 
 
