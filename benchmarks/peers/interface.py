@@ -23,6 +23,8 @@ LARGE = 1 << 20
 OUTSTANDING = 64
 PUSHERS = 8
 
+#: One of so many blocks is compared with what was sent, byte by byte: a thousandth of the time.
+_WHOLE = 64
 #: The first byte of a request that asks for a report; those that are echoed begin with their number.
 _REPORT = 0xFF
 _FIELDS = struct.Struct("<BQQQ")
@@ -69,7 +71,6 @@ class Desk:
     def __init__(self) -> None:
         self._block = large_message()
         self._head, self._tail = self._block[:8], self._block[-8:]
-        self._last: Bytes = self._block
         self._blocks = 0
         self._damaged = 0
 
@@ -81,15 +82,15 @@ class Desk:
         return self._report() if message[0] == _REPORT else message
 
     def _take(self, block: Bytes) -> None:
-        """A look at both ends while the clock runs; the last one is compared whole when a report is asked for."""
+        """Looks at both ends of every block, and at all of the first one and of a few more. None is kept."""
+        good = len(block) == LARGE and block[:8] == self._head and block[-8:] == self._tail
+        if self._blocks % _WHOLE == 0:
+            good = good and bytes(block) == self._block
         self._blocks += 1
-        self._last = block
-        if len(block) != LARGE or block[:8] != self._head or block[-8:] != self._tail:
-            self._damaged += 1
+        self._damaged += not good
 
     def _report(self) -> bytes:
-        damaged = self._damaged + (self._last != self._block)
-        return Report(self._blocks, damaged, time.process_time_ns()).encode()
+        return Report(self._blocks, self._damaged, time.process_time_ns()).encode()
 
 
 class Client(ABC):

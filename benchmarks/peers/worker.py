@@ -4,9 +4,9 @@ The server says {"port": ...}, and ends when a line comes on its stdin. The clie
 measures, and says {"figures": {figure: value}, "versions": {...}}, or {"error": why}. What cannot take part here
 says {"unavailable": why}.
 
-Every answer is compared with its request. Blocks are looked at by the server, whose report at the end
-must know of every one. Processor time is that of both processes, all their threads, from the report of the server
-right before the timed part to that right after it.
+Every answer is compared with its request. Blocks are looked at by the server, whose report at the end must know
+of every one, and of none that was damaged. Processor time is that of both processes, all their threads, from the
+report of the server right before the timed part to that right after it.
 """
 
 from __future__ import annotations
