@@ -23,12 +23,15 @@ METHOD = "call"
 async def answer_messages(connection: aiordma.Connection, desk: Desk) -> None:
     """Answers are not awaited one by one: that would be a round trip each before the next message is looked at."""
     sending = deque[asyncio.Future[None]]()
-    async for message in connection:
-        answer = desk.answer(message)
-        if answer is not None:
-            sending.append(connection.send(answer))
-        if len(sending) == OUTSTANDING:
-            await sending.popleft()
+    try:
+        async for message in connection:
+            answer = desk.answer(message)
+            if answer is not None:
+                sending.append(connection.send(answer))
+            if len(sending) == OUTSTANDING:
+                await sending.popleft()
+    finally:  # a connection that was lost has failed them all
+        await asyncio.gather(*sending, return_exceptions=True)
 
 
 class Messages(Peer):
