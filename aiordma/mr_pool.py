@@ -32,7 +32,8 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """Registered memory in bytes; ``waiting`` counts callers of acquire()."""
+    """Registered memory in bytes; ``waiting`` counts callers of acquire(), ``pinned`` are users' own buffers that
+    operations use now, ``cached`` those kept registered for the next use."""
 
     limit: int
     registered: int
@@ -41,6 +42,7 @@ class PoolStatistics:
     slabs: int
     huge_slabs: int
     waiting: int
+    pinned: int
     cached: int
     cached_registrations: int
     cache_hits: int
@@ -442,6 +444,7 @@ class MemoryPool:
             slabs=len(self._slabs),
             huge_slabs=sum(slab.huge for slab in self._slabs),
             waiting=sum(not future.done() for future, _ in self._waiters),
+            pinned=cache.used_bytes,
             cached=cache.idle_bytes,
             cached_registrations=len(cache),
             cache_hits=cache.hits,

@@ -154,6 +154,11 @@ class RegistrationCache:
     def __len__(self) -> int:
         return len(self._idle)
 
+    @property
+    def used_bytes(self) -> int:
+        """What is registered because something uses it."""
+        return sum(entry.key[1] for entry in self._entries.values() if entry.uses)
+
     def acquire(self, buffer: object, address: int, nbytes: int, access: Access) -> CacheEntry:
         """The entry for a buffer that the caller holds exported, registered if need be, used once more.
 
