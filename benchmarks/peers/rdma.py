@@ -17,7 +17,7 @@ from .interface import HOST, OUTSTANDING, Bytes, Client, Desk, Peer, Unavailable
 if TYPE_CHECKING:
     from aiordma.config import Mode
 
-METHOD = "call"
+METHOD = "benchmark/call"
 
 
 async def answer_messages(connection: aiordma.Connection, desk: Desk) -> None:
@@ -63,14 +63,14 @@ class Messages(Peer):
 class _Caller(Client):
     """A block is a call with an empty reply."""
 
-    def __init__(self, call: Callable[[str, bytes], Awaitable[Bytes]]) -> None:
-        self._call = call
+    def __init__(self, unary: Callable[[str, bytes], Awaitable[Bytes]]) -> None:
+        self._unary = unary
 
     async def request(self, data: bytes) -> Bytes:
-        return await self._call(METHOD, data)
+        return await self._unary(METHOD, data)
 
     async def push(self, block: bytes) -> None:
-        await self._call(METHOD, block)
+        await self._unary(METHOD, block)
 
 
 class Rpc(Messages):
@@ -79,16 +79,18 @@ class Rpc(Messages):
     def __init__(self, mode: Mode, device: str) -> None:
         super().__init__(mode, device)
         self._rpc: Any = importlib.import_module("aiordma.rpc")
-        if not (hasattr(self._rpc, "RpcServer") and hasattr(self._rpc, "RpcClient")):
-            raise Unavailable("aiordma.rpc has no RpcServer and RpcClient")
+        if not hasattr(self._rpc, "Service"):
+            raise Unavailable(f"aiordma {aiordma.__version__} has no RPC with services and unary calls")
 
     @contextlib.asynccontextmanager
     async def serve(self, desk: Desk) -> AsyncIterator[int]:
-        async def call(payload: bytes) -> Bytes:
-            answer = desk.answer(payload)
-            return b"" if answer is None else answer
+        async def call(request: bytes, context: Any) -> bytes:
+            answer = desk.answer(request)
+            return b"" if answer is None else bytes(answer)
 
-        handler = self._rpc.RpcServer({METHOD: call})
+        service = self._rpc.Service("benchmark")
+        service.unary(call)
+        handler = self._rpc.RpcServer(service)
         async with aiordma.serve(handler, HOST, 0, device=self._device, config=self._config) as server:
             yield server.port
 
@@ -98,4 +100,4 @@ class Rpc(Messages):
             aiordma.connect(HOST, port, device=self._device, config=self._config) as connection,
             self._rpc.RpcClient(connection) as client,
         ):
-            yield _Caller(client.call)
+            yield _Caller(client.unary)
