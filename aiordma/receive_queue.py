@@ -208,6 +208,11 @@ class ReceiveQueue:
         item = self.messages.items[0]
         return item[1] if isinstance(item, tuple) else len(item)
 
+    @property
+    def unread(self) -> bool:
+        """True when a message waits that is not empty."""
+        return any(item[1] if isinstance(item, tuple) else item for item in self.messages.items)
+
     def take(self) -> bytes:
         """The next message, as bytes; its buffer is posted again."""
         item = self.messages.items.popleft()

@@ -108,6 +108,7 @@ class RdmaTransport(transports._FlowControlMixin):
         self._can_read.set()
         self._reader: asyncio.Task[None] | None = None
         self._closer: asyncio.Task[None] | None = None
+        self._held = 0  # bytes that were taken and the protocol has not got yet
         self._turn_bytes = 0
         #: Done when the protocol was told of the end.
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -185,6 +186,7 @@ class RdmaTransport(transports._FlowControlMixin):
     async def _received(self, data: bytes) -> None:
         """One message for the protocol, or the end of the stream."""
         self._in.receive(len(data))
+        self._held = len(data)
         await self._can_read.wait()  # paused while the message came: it waits here
         if self._closing:
             return
@@ -206,6 +208,7 @@ class RdmaTransport(transports._FlowControlMixin):
         if isinstance(protocol, asyncio.BufferedProtocol):
             return self._fill(protocol, rest)
         data = data if len(rest) == len(data) else bytes(rest)
+        self._held = 0
         self._guarded("data_received", partial(protocol.data_received, data))  # type: ignore[attr-defined]
         return rest[:0]
 
@@ -215,6 +218,7 @@ class RdmaTransport(transports._FlowControlMixin):
             return rest[:0]
         nbytes = min(len(buffer), len(rest))
         buffer[:nbytes] = rest[:nbytes]
+        self._held -= nbytes
         self._guarded("buffer_updated", partial(protocol.buffer_updated, nbytes))
         return rest[nbytes:]
 
@@ -232,7 +236,7 @@ class RdmaTransport(transports._FlowControlMixin):
         if not self._in.eof:
             self._in.eof = True
             self._end_of_stream()
-        if not self._closing and (self._write_error is not None or self._pending):
+        if not self._closing and (self._write_error is not None or self._out.nbytes):
             self._force_close(self._write_error or _reset())
 
     def _lost(self, error: RdmaError) -> None:
@@ -327,12 +331,13 @@ class RdmaTransport(transports._FlowControlMixin):
             self._post(parts)
 
     def _post(self, parts: list[memoryview]) -> None:
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data: bytes | memoryview = parts[0] if len(parts) == 1 else b"".join(parts)
         nbytes = len(data)
         try:
             operation = self._connection.send(data)
         except ConnectionLostError as error:
-            self._write_failed(error)
+            if parts:  # the end of the stream was not needed any more
+                self._write_failed(error)
             return
         self._in_flight += 1
         self._bytes_in_flight += nbytes
@@ -345,7 +350,9 @@ class RdmaTransport(transports._FlowControlMixin):
         error = None if operation.cancelled() else operation.exception()
         if self._conn_lost:
             return
-        if isinstance(error, RdmaError):
+        # After a close in order, what was with the device counts as sent, as with TCP's kernel: whether the
+        # acknowledgement or the message was late, nobody here can know.
+        if isinstance(error, RdmaError) and not (isinstance(error, ConnectionClosedError) and self._out.idle):
             self._write_failed(error)
         else:
             self._flush()
@@ -382,7 +389,12 @@ class RdmaTransport(transports._FlowControlMixin):
     def _close_connection(self) -> None:
         """Everything was sent: closes in order, and tells the protocol when the device is done with it."""
         self._conn_lost += 1
-        self._connection.close()
+        unread = self._held or self._connection.unread
+        if unread and not self._connection.is_closing():
+            # As TCP (RFC 2525, 2.17): the peer is not to believe that all it sent was taken.
+            self._connection.fail(ConnectionLostError("the stream was closed before all of it was read"))
+        else:
+            self._connection.close()
         self._closer = self._loop.create_task(
             self._wait_closed(), name=f"aiordma stream close {self._connection.peer}"
         )

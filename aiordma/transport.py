@@ -737,6 +737,11 @@ class Connection:
         """The peer's bootstrap address, ``host:port``."""
         return self._peer
 
+    @property
+    def unread(self) -> bool:
+        """True when messages have arrived, other than empty ones, that were not received yet."""
+        return self._receives.unread
+
     def get_extra_info(self, name: str) -> Any:
         """What asyncio knows of the bootstrap's TCP connection: ``peername``, ``sockname``, ``socket``,
         ``ssl_object`` and more, as :meth:`asyncio.BaseTransport.get_extra_info`; None for what it does not."""
