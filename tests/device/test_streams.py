@@ -1,4 +1,4 @@
-"""Transport and protocol, on asyncio's TCP and on RDMA by the same tests: what a protocol sees must be the same."""
+"""Transport and protocol, on asyncio's TCP and on RDMA by the same tests: a protocol must see the same."""
 
 from __future__ import annotations
 
