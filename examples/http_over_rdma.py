@@ -3,9 +3,9 @@
     python examples/http_over_rdma.py server
     python examples/http_over_rdma.py client --port PORT
 
-Needs aiohttp (``pip install aiohttp``). The server's part is the one line with ``aiordma.create_server``; a client
-session takes the ``RdmaConnector`` below. The server prints its port, so that it can take a free one (--port 0, the
-default).
+Needs aiohttp (``pip install aiohttp``). The server's part is the line with ``aiordma.create_server``; a client
+session takes the ``RdmaConnector`` below. The server prints its port, so that it can take a free one (--port 0,
+the default).
 """
 
 from __future__ import annotations
