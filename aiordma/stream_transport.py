@@ -28,6 +28,7 @@ from .errors import (
     ConnectionClosedError,
     ConnectionLostError,
     DeviceError,
+    MemoryLimitError,
     ProtocolError,
     RdmaError,
     RetryExceededError,
@@ -39,9 +40,12 @@ logger = logging.getLogger("aiordma")
 
 T = TypeVar("T")
 
+#: Chunks from this size on travel by rendezvous, in pieces of at most the second. Bytes.
+_LARGE = 64 << 10
+_PIECE = 1024 << 10
 #: What is with the connection at a time, as in a socket's send buffer.
 _WINDOW_MESSAGES = 64
-_WINDOW_BYTES = 1 << 20
+_WINDOW_BYTES = 4 << 20
 #: Bytes handed to the protocol before other callbacks of the loop get a turn.
 _TURN_BYTES = 256 << 10
 #: Writes to a lost connection that are dropped in silence.
@@ -95,8 +99,9 @@ class RdmaTransport(transports._FlowControlMixin):
         self._loop = loop
         self._connection = connection
         self._protocol = protocol
-        size = connection.eager_size
-        self._out = StreamWriterState(small=size, large=size, piece=size)
+        small = connection.eager_size
+        large = max(small, _LARGE)
+        self._out = StreamWriterState(small=small, large=large, piece=max(large, _PIECE))
         self._in = StreamReaderState()
         self._in_flight = 0  # messages with the connection
         self._bytes_in_flight = 0
@@ -339,6 +344,11 @@ class RdmaTransport(transports._FlowControlMixin):
             if parts:  # the end of the stream was not needed any more
                 self._write_failed(error)
             return
+        except (MemoryLimitError, DeviceError):
+            if nbytes <= self._connection.eager_size:
+                raise
+            self._out.only_small(parts)  # it cannot be registered to be sent in place: RLIMIT_MEMLOCK, mostly
+            return
         self._in_flight += 1
         self._bytes_in_flight += nbytes
         operation.add_done_callback(partial(self._sent, nbytes))
@@ -389,19 +399,20 @@ class RdmaTransport(transports._FlowControlMixin):
     def _close_connection(self) -> None:
         """Everything was sent: closes in order, and tells the protocol when the device is done with it."""
         self._conn_lost += 1
-        unread = self._held or self._connection.unread
-        if unread and not self._connection.is_closing():
-            # As TCP (RFC 2525, 2.17): the peer is not to believe that all it sent was taken.
-            self._connection.fail(ConnectionLostError("the stream was closed before all of it was read"))
-        else:
-            self._connection.close()
-        self._closer = self._loop.create_task(
-            self._wait_closed(), name=f"aiordma stream close {self._connection.peer}"
-        )
+        name = f"aiordma stream close {self._connection.peer}"
+        self._closer = self._loop.create_task(self._close_in_order(), name=name)
 
-    async def _wait_closed(self) -> None:
+    async def _close_in_order(self) -> None:
+        connection, reader = self._connection, self._reader
         try:
-            await self._connection.wait_closed()
+            if reader is not None:
+                await asyncio.wait([reader])  # what it was taking is in the inbox again
+            if (self._held or connection.unread) and not connection.is_closing():
+                # As TCP (RFC 2525, 2.17): the peer is not to believe that all it sent was taken.
+                connection.fail(ConnectionLostError("the stream was closed before all of it was read"))
+            else:
+                connection.close()
+            await connection.wait_closed()
         finally:
             self._call_connection_lost(None)
 

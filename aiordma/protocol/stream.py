@@ -11,6 +11,7 @@ has to hold at a time stays bounded.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 from ..errors import MisuseError, ProtocolError
@@ -74,6 +75,13 @@ class StreamWriterState:
             return self._chunks.popleft()
         self._chunks[0] = chunk[room:]
         return chunk[:room]
+
+    def only_small(self, parts: list[memoryview]) -> None:
+        """The message of these parts could not be sent as a large one: they are next again, and there are no large
+        messages any more."""
+        self._large = sys.maxsize
+        self._chunks.extendleft(reversed(parts))
+        self.nbytes += sum(map(len, parts))
 
     def clear(self) -> None:
         """Forgets what was not sent."""
