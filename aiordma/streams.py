@@ -66,6 +66,7 @@ async def create_connection(
         protocol = protocol_factory()
     except BaseException:
         connection.close()
+        await connection.wait_closed()
         raise
     transport: asyncio.Transport
     if ssl:
@@ -82,6 +83,7 @@ async def create_connection(
         await waiter
     except BaseException:
         raw.abort()
+        await connection.wait_closed()
         raise
     return transport, protocol
 

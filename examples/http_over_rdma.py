@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import io
 import ssl
 from collections.abc import AsyncIterator
 from typing import Any
@@ -51,7 +52,9 @@ class RdmaConnector(aiohttp.BaseConnector):
                 **self._options,
             )
         except OSError as error:
-            raise aiohttp.ClientConnectorError(req.connection_key, error) from error
+            # aiohttp shows an error's strerror, which only those of the system have.
+            shown = error if error.strerror else OSError(error.errno, str(error))
+            raise aiohttp.ClientConnectorError(req.connection_key, shown) from error
         return protocol
 
 
@@ -149,7 +152,7 @@ async def run_client(args: argparse.Namespace) -> None:
         async with session.get("/") as response:
             print((await response.text()).strip())
         body = bytes(args.size)
-        async with session.post("/digest", data=body) as response:
+        async with session.post("/digest", data=io.BytesIO(body)) as response:
             right = await response.text() == hashlib.sha256(body).hexdigest()
             print(f"uploaded {len(body)} bytes, digest {'right' if right else 'WRONG'}")
         async with session.get(f"/zeros/{args.size}") as response:
