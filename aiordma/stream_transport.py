@@ -29,6 +29,7 @@ from .errors import (
     ConnectionLostError,
     DeviceError,
     MemoryLimitError,
+    MessageTooLargeError,
     ProtocolError,
     RdmaError,
     RetryExceededError,
@@ -54,7 +55,9 @@ _SILENT_WRITES = 5
 
 def stream_error(error: RdmaError) -> OSError:
     """What TCP would have raised: libraries tell these kinds apart. The cause is the error itself."""
-    root = error.__cause__ if isinstance(error.__cause__, RdmaError) else error
+    root: BaseException = error
+    while isinstance(root.__cause__, RdmaError):
+        root = root.__cause__
     if isinstance(root, RetryExceededError):
         translated: OSError = TimeoutError(errno.ETIMEDOUT, str(error))
     elif isinstance(root, DeviceError):
@@ -187,6 +190,8 @@ class RdmaTransport(transports._FlowControlMixin):
         except RdmaError as error:
             await self._can_read.wait()
             self._lost(error)
+        except Exception as error:
+            self._fatal_error(error, "Fatal read error on a stream")
 
     async def _received(self, data: bytes) -> None:
         """One message for the protocol, or the end of the stream."""
@@ -344,10 +349,11 @@ class RdmaTransport(transports._FlowControlMixin):
             if parts:  # the end of the stream was not needed any more
                 self._write_failed(error)
             return
-        except (MemoryLimitError, DeviceError):
+        except (MemoryLimitError, MessageTooLargeError, DeviceError):
             if nbytes <= self._connection.eager_size:
                 raise
-            self._out.only_small(parts)  # it cannot be registered to be sent in place: RLIMIT_MEMLOCK, mostly
+            # It cannot be registered (RLIMIT_MEMLOCK, mostly), or the peer's Config does not take it.
+            self._out.only_small(parts)
             return
         self._in_flight += 1
         self._bytes_in_flight += nbytes
@@ -368,12 +374,14 @@ class RdmaTransport(transports._FlowControlMixin):
             self._flush()
 
     def _write_failed(self, error: RdmaError) -> None:
-        """The connection is gone. What the peer sent before that is still for the protocol, if it reads."""
+        """There is a gap in our stream now. If it is because the connection is gone, what the peer sent before is
+        still for the protocol, if it reads."""
         if self._conn_lost or self._write_error is not None:
             return
         self._write_error = stream_error(error)
         self._out.clear()
-        if not self.is_reading() or self._reader is None or self._reader.done():
+        gone = self._connection.is_closing()
+        if not gone or not self.is_reading() or self._reader is None or self._reader.done():
             self._force_close(self._write_error)
 
     # --- the end -------------------------------------------------------------------------------------

@@ -15,9 +15,19 @@ import pytest
 
 import aiordma
 from aiordma import Config
-from aiordma.errors import IncompatibleError, MemoryLimitError
+from aiordma.errors import (
+    ConnectionLostError,
+    DeviceError,
+    DeviceGoneError,
+    IncompatibleError,
+    MemoryLimitError,
+    RdmaError,
+    WcStatus,
+    completion_error,
+)
 from aiordma.mr_pool import MemoryPool
-from aiordma.stream_transport import RdmaTransport
+from aiordma.stream_transport import RdmaTransport, stream_error
+from aiordma.verbs import QueuePair
 from tests.device.conftest import MakePair
 from tests.device.stream_ends import HOST, Network, Recorder, network, reports
 
@@ -149,8 +159,9 @@ async def test_two_that_both_write_before_they_read_go_on(net: Network) -> None:
     assert len(await client.received(written[1])) == written[1]
 
 
-async def test_smallest_windows(net: Network) -> None:
-    config = Config(receive_credits=2, send_depth=2, eager_size=64, rendezvous_depth=1)
+@pytest.mark.parametrize("limit", [{}, {"max_message_size": 64}], ids=["large", "no large"])
+async def test_smallest_windows(net: Network, limit: dict[str, Any]) -> None:
+    config = Config(receive_credits=2, send_depth=2, eager_size=64, rendezvous_depth=1, **limit)
     client, server = await net.pair(config=config)
     data = os.urandom(300_000)
     client.transport.write(data[:20_000])
@@ -161,6 +172,44 @@ async def test_smallest_windows(net: Network) -> None:
     await server.lost()
     assert await client.lost() is None
     assert client.data == data
+
+
+async def test_a_large_message_that_cannot_be_offered_ends_the_stream(
+    net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There would be a gap. The connection itself would go on."""
+    client, server = await net.pair()
+
+    def refuse(self: QueuePair, *_: Any) -> None:
+        raise DeviceError("the device refuses to bind")
+
+    monkeypatch.setattr(QueuePair, "post_bind", refuse)
+    if not connection(client).route.adapter.attributes.memory_windows:
+        return
+    client.transport.write(b"before")
+    client.transport.write(bytes(100_000))
+    assert isinstance(await client.lost(), ConnectionAbortedError)
+    assert isinstance(await server.lost(), ConnectionResetError)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionLostError("gone"), ConnectionResetError),
+        (completion_error(int(WcStatus.RETRY_EXC_ERR)), TimeoutError),
+        (DeviceGoneError("removed"), ConnectionAbortedError),
+        (MemoryLimitError("no memory"), ConnectionResetError),
+    ],
+)
+def test_errors_are_of_the_kinds_that_libraries_know(error: RdmaError, kind: type[OSError]) -> None:
+    outer = ConnectionLostError("recv failed")
+    outer.__cause__ = ConnectionLostError("connection")
+    outer.__cause__.__cause__ = error
+    for given in (error, outer):
+        translated = stream_error(given)
+        assert isinstance(translated, kind)
+        assert translated.errno is not None
+        assert translated.__cause__ is given
 
 
 # --- ends that TCP takes for good ones ----------------------------------------------------------------------
