@@ -57,6 +57,48 @@ async def test_close_is_idempotent_and_later_calls_are_harmless(net: Network) ->
     assert client.calls == ["made", ("lost", None)]
 
 
+class AtOnce(Recorder):
+    """Does something as soon as it is connected."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.what == "pause":
+            self.transport.pause_reading()
+        if self.what in ("write", "write and close"):
+            self.transport.write(b"welcome")
+        if self.what in ("close", "write and close"):
+            self.transport.close()
+
+
+async def test_writing_in_connection_made(net: Network) -> None:
+    client, server = await net.pair(AtOnce("write"), AtOnce("write"))
+    assert await client.received(7) == await server.received(7) == b"welcome"
+
+
+async def test_pausing_in_connection_made(net: Network) -> None:
+    client, server = await net.pair(server=AtOnce("pause"))
+    client.transport.write(b"early")
+    await net.quiet()
+    assert server.calls == ["made"]
+    server.transport.resume_reading()
+    assert await server.received(5) == b"early"
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize(("what", "data"), [("close", b""), ("write and close", b"welcome")])
+async def test_closing_in_connection_made(net: Network, side: str, what: str, data: bytes) -> None:
+    ends = await net.pair(**{side: AtOnce(what)})
+    closing, other = ends if side == "client" else ends[::-1]
+    assert await closing.lost() is None
+    assert await other.lost() is None
+    assert other.data == data
+    assert closing.calls == ["made", ("lost", None)]
+
+
 async def test_both_close_at_the_same_time(net: Network) -> None:
     client, server = await net.pair()
     client.transport.close()

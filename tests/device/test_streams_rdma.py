@@ -148,6 +148,19 @@ async def test_a_reader_that_never_reads_costs_bounded_memory(net: Network) -> N
     assert connection(server).statistics().pool.leased <= 4_000_000
 
 
+async def test_writes_to_a_lost_connection_are_dropped_and_logged_in_the_end(
+    net: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, server = await net.pair()
+    client.transport.abort()
+    for _ in range(4):
+        client.transport.write(b"nobody hears")
+    assert not caplog.records
+    client.transport.write(b"nobody hears")
+    assert "lost or closing" in caplog.records[0].getMessage()
+    await server.lost()
+
+
 async def test_two_that_both_write_before_they_read_go_on(net: Network) -> None:
     client, server = await net.pair()
     for end in (client, server):
