@@ -422,6 +422,7 @@ class RdmaTransport(transports._FlowControlMixin):
                 connection.close()
             await connection.wait_closed()
         finally:
+            connection.close()  # should we have been cancelled
             self._call_connection_lost(None)
 
     def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
@@ -460,7 +461,7 @@ def _immutable(data: bytes | bytearray | memoryview) -> bytes | memoryview:
     """``data`` as something that nobody changes any more: itself, if that is sure."""
     if data.__class__ is bytes:
         return data
-    if isinstance(data, memoryview) and data.obj.__class__ is bytes and data.contiguous:
+    if isinstance(data, memoryview) and data.obj.__class__ is bytes and data.c_contiguous:
         return data.cast("B")
     return bytes(data)
 

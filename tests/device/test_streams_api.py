@@ -5,23 +5,16 @@ from __future__ import annotations
 import asyncio
 import ssl
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.device.stream_ends import HOST, RESET, Network, Recorder, network, on_uvloop, reports
+from tests.device.stream_ends import HOST, RESET, Network, Recorder, on_uvloop, reports
 from tests.device.test_bootstrap_hostile import certificate
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("no_leaked_tasks")]
 
 BIG = bytes(range(256)) * (1 << 13)  # 2 MiB
-
-
-@pytest.fixture(params=["tcp", "rdma"])
-async def net(request: pytest.FixtureRequest, no_leaked_tasks: None) -> AsyncIterator[Network]:
-    async with network(request.param) as made:
-        yield made
 
 
 # --- StreamReader and StreamWriter ---------------------------------------------------------------------
