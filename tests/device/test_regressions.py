@@ -193,3 +193,22 @@ async def test_a_pool_too_small_for_a_connection_says_so() -> None:
     async with aiordma.serve(_echo, "127.0.0.1", 0, config=config) as server:
         with pytest.raises((MemoryLimitError, aiordma.errors.BootstrapError)):
             await aiordma.connect("127.0.0.1", server.port, config=config)
+
+
+async def test_a_window_that_cannot_be_bound_fails_its_message_only(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offer was sent all the same, and send() raised "posted while ended" on this side."""
+    client, server = await pair()
+    if client.route.adapter.attributes.memory_windows:
+        with monkeypatch.context() as patch:
+            patch.setattr(QueuePair, "post_bind", refuse_to_bind)
+            with pytest.raises(DeviceError, match="refuses to bind"):
+                await client.send(bytes(100_000))
+    send = client.send(bytes(100_000))
+    assert await server.recv() == bytes(100_000)
+    await send
+
+
+def refuse_to_bind(*_: Any) -> None:
+    raise DeviceError("the device refuses to bind")
