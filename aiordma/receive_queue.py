@@ -323,6 +323,11 @@ class ReceiveQueue:
             return item[1]
         return item.offer.nbytes if isinstance(item, Taking) else len(item)
 
+    @property
+    def unread(self) -> bool:
+        """True when a message waits that is not empty."""
+        return any(item[1] if isinstance(item, tuple) else item for item in self.messages.items)
+
     def take(self, place: int) -> bytes | Taking:
         """A message, as bytes; its buffer is posted again. The offer of a large one is the caller's now."""
         item = self.messages.take(place)

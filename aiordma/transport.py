@@ -69,6 +69,9 @@ class Session(Announcer, Withdrawer, Protocol):
     def send_close(self, error: RdmaError | None) -> None:
         """Says goodbye, and why; then closes."""
 
+    def get_extra_info(self, name: str) -> Any:
+        """``peername``, ``sockname``, ``socket`` and so on, as asyncio's transports have it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStatistics:
@@ -806,6 +809,16 @@ class Connection:
     def peer(self) -> str:
         """The peer's bootstrap address, ``host:port``."""
         return self._peer
+
+    @property
+    def unread(self) -> bool:
+        """True when messages have arrived, other than empty ones, that were not received yet."""
+        return self._receives.unread
+
+    def get_extra_info(self, name: str) -> Any:
+        """What asyncio knows of the bootstrap's TCP connection: ``peername``, ``sockname``, ``socket``,
+        ``ssl_object`` and more, as :meth:`asyncio.BaseTransport.get_extra_info`; None for what it does not."""
+        return self._session.get_extra_info(name) if self._session is not None else None
 
     def statistics(self) -> ConnectionStatistics:
         """A snapshot of windows, queues, reactor and pool."""

@@ -98,6 +98,14 @@ def test_the_rpc_server_ends_in_order() -> None:
     assert (process.returncode, text) == (0, "")
 
 
+def test_http() -> None:
+    text = served(["http_over_rdma.py", "server"], ["http_over_rdma.py", "client", "--size=3000000"])
+    assert "hello 127.0.0.1" in text
+    assert "uploaded 3000000 bytes, digest right" in text
+    assert "downloaded 3000000 bytes" in text
+    assert "websocket echo: over RDMA" in text
+
+
 def test_demo() -> None:
     text = output("demo.py")
     assert text.count("equal") == 2

@@ -216,3 +216,22 @@ async def test_a_new_receiver_does_not_overtake_one_that_was_woken(pair: MakePai
     receivers += [asyncio.ensure_future(receive(i)) for i in range(len(receivers), 200)]
     await asyncio.gather(*receivers, *sends)
     assert [message for _, message in sorted(order)] == numbers
+
+
+async def test_a_window_that_cannot_be_bound_fails_its_message_only(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offer was sent all the same, and send() raised "posted while ended" on this side."""
+    client, server = await pair()
+    if client.route.adapter.attributes.memory_windows:
+        with monkeypatch.context() as patch:
+            patch.setattr(QueuePair, "post_bind", refuse_to_bind)
+            with pytest.raises(DeviceError, match="refuses to bind"):
+                await client.send(bytes(100_000))
+    send = client.send(bytes(100_000))
+    assert await server.recv() == bytes(100_000)
+    await send
+
+
+def refuse_to_bind(*_: Any) -> None:
+    raise DeviceError("the device refuses to bind")
