@@ -1,10 +1,10 @@
 """Every Python block in README and docs/ is a whole program, and runs as it stands.
 
-The programs of a page run in order, each in a process of its own, in one directory. One with a title is saved under
-that name, and those after it may import it. One that is called server... is left running until the page is done;
-its first line of output says that it is ready. A block with test functions is run by pytest. A text block titled
-"output" is what the program above it prints; "..." in it stands for anything. Where a page says port 7471, it is
-a free one here.
+The programs of a page run in order, each in a process of its own, in one directory. One with a title is saved
+under that name, and those after it may import it. One that is called server... is left running until the page is
+done; its first line of output says that it is ready. A block with test functions is run by pytest. A text block
+titled "output" is what the program above it prints; "..." in it stands for anything. Where a page says port 7471,
+it is a free one here.
 """
 
 from __future__ import annotations
