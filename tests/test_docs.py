@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aiordma import cli, errors
+from aiordma import cli, errors, rpc
 from tests.pages import DOCS, PAGES, ROOT, Page, read_page
 
 pages = pytest.mark.parametrize("page", [read_page(path) for path in PAGES], ids=lambda page: page.name)
@@ -83,5 +83,18 @@ def test_files_exist(page: Page) -> None:
 def test_every_exception_is_explained() -> None:
     page = (DOCS / "errors.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^<!-- exception (\w+) -->$", page, re.MULTILINE))
-    classes = (value for value in vars(errors).values() if isinstance(value, type))
+    classes = [
+        value for module in (errors, rpc) for value in vars(module).values() if isinstance(value, type)
+    ]
     assert explained == {cls.__name__ for cls in classes if issubclass(cls, errors.RdmaError)}
+
+
+def test_every_status_code_of_a_call_is_explained() -> None:
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE)
+    assert explained == [code.name for code in rpc.StatusCode if code]
+
+
+def test_every_command_has_its_reference() -> None:
+    page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^<!-- command (\w+)", page, re.MULTILINE)) == set(cli.COMMANDS)

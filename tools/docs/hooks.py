@@ -87,7 +87,9 @@ def statuses() -> str:
 
 def exception(name: str) -> str:
     """What an exception is: its docstring, and what else it can be caught as."""
-    cls = getattr(errors, name)
+    from aiordma import rpc  # heavy: only where it is asked for
+
+    cls = getattr(errors, name, None) or getattr(rpc, name)
     text = inspect.getdoc(cls) or ""
     also = [f"`{base.__name__}`" for base in cls.__mro__[1:-2] if base is not Exception]
     text = _ROLE.sub(r"`\1`", text).replace("``", "`")
