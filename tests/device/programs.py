@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import aiordma
 
@@ -75,3 +76,27 @@ def served(server: list[str], client: list[str], *common: str) -> str:
     """What a client prints against a server."""
     with serving(*server, *common) as (_, port):
         return output(*client, *common, "--port", str(port))
+
+
+class Work(NamedTuple):
+    """What threads have done: CPU time in clock ticks, and how often they went to sleep."""
+
+    ticks: int
+    sleeps: int
+
+
+def work_of(tasks: list[Path]) -> Work:
+    ticks = sleeps = 0
+    for task in tasks:
+        times = (task / "stat").read_text().rpartition(")")[2].split()
+        status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+        ticks += int(times[11]) + int(times[12])
+        sleeps += int(status["voluntary_ctxt_switches"])
+    return Work(ticks, sleeps)
+
+
+def python_and_device(pid: int) -> tuple[Work, Work]:
+    """Of a process: the thread that runs Python, and the others, which are a device's."""
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    main = [task for task in tasks if task.name == str(pid)]
+    return work_of(main), work_of([task for task in tasks if task not in main])

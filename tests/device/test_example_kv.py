@@ -8,8 +8,6 @@ import json
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -20,7 +18,7 @@ from kv_table import INLINE, SLOT, Entry, KvError, probes
 from tests.conftest import device_under_test
 
 from .kv_worker import KEYS, make
-from .programs import HERE, finish, output, running, served, serving
+from .programs import HERE, finish, output, python_and_device, running, served, serving
 
 pytestmark = pytest.mark.device
 
@@ -66,30 +64,6 @@ def gets_beside_puts(port: int) -> dict[str, int]:
 
 
 # --- a sleeping server --------------------------------------------------------------------------------
-
-
-class Work(NamedTuple):
-    """What threads have done: CPU time in clock ticks, and how often they went to sleep."""
-
-    ticks: int
-    sleeps: int
-
-
-def work_of(tasks: list[Path]) -> Work:
-    ticks = sleeps = 0
-    for task in tasks:
-        times = (task / "stat").read_text().rpartition(")")[2].split()
-        status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
-        ticks += int(times[11]) + int(times[12])
-        sleeps += int(status["voluntary_ctxt_switches"])
-    return Work(ticks, sleeps)
-
-
-def python_and_device(pid: int) -> tuple[Work, Work]:
-    """Of a process: the thread that runs Python, and the others, which are a device's."""
-    tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    main = [task for task in tasks if task.name == str(pid)]
-    return work_of(main), work_of([task for task in tasks if task not in main])
 
 
 @pytest.mark.timeout(DEADLINE + 10)
