@@ -124,7 +124,7 @@ class KvClient:
         check_key(key)
         async with self._turn:
             number = self._number = (self._number + 1) % (1 << 32)
-            await self._connection.send(REQUEST.pack(number, what, len(key)) + key + value)
+            await self._connection.send([REQUEST.pack(number, what, len(key)) + key, value])
             reply = await self._connection.recv()
             while REPLY.unpack_from(reply)[0] != number:  # of a request whose caller was cancelled
                 reply = await self._connection.recv()

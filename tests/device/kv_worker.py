@@ -48,7 +48,7 @@ async def put(kv: KvClient, writer: int) -> dict[str, int]:
         if sequence % 16 == 0:
             await kv.delete(key)
         else:
-            length = choose.choice((choose.randint(16, 200), choose.randint(200, 3500)))
+            length = choose.randint(16, choose.choice((200, 3000, 30_000)))
             await kv.put(key, make(key, writer, sequence, length))
     return {"puts": sequence}
 
