@@ -6,8 +6,8 @@
     python examples/pubsub.py client --port PORT --publish news 'all is well'
 
 A connection never sends what its peer has no room for; it waits. So the broker keeps a queue and a task for each
-subscriber, and the queue is bounded. When it is full, the oldest message is dropped, and the next one delivered says
-how many were; or, with --when-full disconnect, the subscriber is disconnected. Messages are of any size.
+subscriber, and the queue is bounded. When it is full, the oldest message is dropped, and the next one delivered
+says how many were; or, with --when-full disconnect, the subscriber is disconnected. Messages are of any size.
 """
 
 from __future__ import annotations
