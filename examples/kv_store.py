@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator
 
 import aiordma
 import program
+from aiordma.errors import ConnectionLostError
 from kv_table import EMPTY, INLINE, SLOT, STORED, UNUSED, Entry, KvError, Store, Torn, check_key, probes
 
 REQUEST = struct.Struct("<IBB")  # number, what, length of the key; then key and value
@@ -45,8 +46,9 @@ class KvServer:
                 self.store = Store(memoryview(self._leases[0]), memoryview(self._leases[1]))
         for name, lease in zip(("index", "values"), self._leases, strict=True):
             await connection.share(name, lease, "read")
-        async for request in connection:
-            await connection.send(self._answer(self.store, request))
+        with contextlib.suppress(ConnectionLostError):  # a client that dies is gone, and that is all
+            async for request in connection:
+                await connection.send(self._answer(self.store, request))
 
     @staticmethod
     def _answer(store: Store, request: bytes) -> bytes:
