@@ -66,6 +66,7 @@ def get_and_put(port: int, count: int) -> dict[str, int]:
             options = what, str(port), str(number)
             return stack.enter_context(running("kv_worker.py", *options, folder=HERE, deadline=DEADLINE))
 
+        finish(worker("fill", 3))
         writers = [worker("put", n) for n in (1, 2)]
         readers = [worker("get", count // 2) for _ in range(2)]
         for process in readers + writers:  # the end of its standard input, which comes last, ends a writer
