@@ -291,7 +291,7 @@ def sanitizer_settings(runtime: str) -> dict[str, str]:
         "PYTHONMALLOC": "malloc",
         # The working directory would come before the path, and with it the other build.
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": f"{SITE}:{ROOT}",
+        "PYTHONPATH": f"{SITE}:{ROOT}:{ROOT / 'examples'}",
     }
 
 
