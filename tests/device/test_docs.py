@@ -66,8 +66,10 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
+def environment(directory: Path) -> dict[str, str]:
+    """The package of this run (that of a sanitizer run lies elsewhere), and the other programs of the page."""
+    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(directory)]
+    return {**os.environ, "PYTHONPATH": ":".join(filter(None, paths))}
 
 
 def prepare(commands: str, directory: Path) -> None:
@@ -91,7 +93,7 @@ def run(path: Path, block: Block) -> None:
     done = subprocess.run(
         command(path),
         cwd=path.parent,
-        env=environment(),
+        env=environment(path.parent),
         capture_output=True,
         text=True,
         timeout=DEADLINE,
@@ -110,7 +112,7 @@ def running(path: Path, block: Block) -> Iterator[None]:
     """A program that goes on until it is interrupted."""
     argv = [sys.executable, "-u", *command(path)[1:]]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(argv, cwd=path.parent, env=environment(), **options) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(argv, cwd=path.parent, env=environment(path.parent), **options) as process:  # type: ignore[call-overload]
         try:
             assert process.stdout.readline(), process.stderr.read()
             yield

@@ -5,6 +5,7 @@ mkdocs calls the ``on_`` functions (mkdocs.yml, ``hooks``).  Only modules withou
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import io
@@ -12,9 +13,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from aiordma import config, errors
+
+ROOT = Path(__file__).resolve().parents[2]
 
 _MARK = re.compile(r"^<!-- (\w+)(?: (.+))? -->$", re.MULTILINE)
 _ROLE = re.compile(r":\w+:`~?([\w.]+)`")
@@ -110,9 +114,24 @@ def command(name: str) -> str:
     return f"```text\n{printed.getvalue().rstrip()}\n```"
 
 
+# --- the examples -------------------------------------------------------------------------------------
+
+
+def examples() -> str:
+    """Every program in examples/, by the first line of its docstring."""
+    rows = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "__main__" in text:
+            first = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+            rows.append((f"`examples/{path.name}`", first))
+    return table(("program", "what it is"), rows)
+
+
 MAKERS: dict[str, Callable[..., str]] = {
     "knobs": knobs,
     "statuses": statuses,
     "exception": exception,
     "command": command,
+    "examples": examples,
 }
