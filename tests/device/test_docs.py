@@ -30,14 +30,16 @@ PORT = "7471"
 
 #: What only usroce has.
 _USROCE = re.compile(r"aiordma\.testing|aiordma_pair|usroce")
+#: What runs on every device. An emulated machine takes half a minute for a page: the others are for usroce alone.
+_EVERYWHERE = ("README.md", "docs/tutorial/")
 
 
 def parameters() -> Iterator[object]:
     for page in map(read_page, PAGES):
         programs = [block.text for block in page.blocks if block.language == "python"]
         if programs:
-            needs_usroce = any(map(_USROCE.search, programs))
-            marks = [pytest.mark.device, *[pytest.mark.usroce] * needs_usroce]
+            only_usroce = any(map(_USROCE.search, programs)) or not page.name.startswith(_EVERYWHERE)
+            marks = [pytest.mark.device, *[pytest.mark.usroce] * only_usroce]
             yield pytest.param(page, id=page.name, marks=marks)
 
 
