@@ -212,3 +212,12 @@ async def test_a_window_that_cannot_be_bound_fails_its_message_only(
 
 def refuse_to_bind(*_: Any) -> None:
     raise DeviceError("the device refuses to bind")
+
+
+async def test_a_window_is_bound_again_and_again(pair: MakePair) -> None:
+    """The library's structure kept the window's first key, so rxe refused every binding but the first."""
+    client, server = await pair()
+    for i in range(5):
+        send = client.send(bytes([i]) * 100_000)
+        assert await server.recv() == bytes([i]) * 100_000
+        await send
