@@ -126,6 +126,7 @@ class Connection:
         self._agreed: Agreed | None = None
         self.psn = secrets.randbits(24)
         self.eager_size = config.eager_size
+        """Bytes: messages up to this go through buffers, larger ones are read in place; agreed with the peer."""
 
     # --- coming to life ------------------------------------------------------------------------------
 

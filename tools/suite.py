@@ -1,4 +1,4 @@
-"""What ``make test``, ``make lint`` and ``make sanitize`` run, once tools/setup.py has made all ready.
+"""What ``make test``, ``lint``, ``docs`` and ``sanitize`` run, once tools/setup.py has made all ready.
 
 *test*: the tests that need no device run on this machine, then those marked ``device``: on usroce, here, and on
 rxe, through tools.rxe.  Each part is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE
@@ -32,6 +32,7 @@ from tools.setup import PYTHON, ROOT, VENV, SetupError, build, built_modules, to
 REPORTS = ROOT / "build"
 ASAN = ROOT / "build-asan"
 SITE = ASAN / "site"
+SITE_DOCS = ROOT / "build-docs"
 
 USROCE = {"AIORDMA_DEVICE": "usroce0", "AIORDMA_REQUIRE": "usroce"}
 #: usroce has all tests on both event loops; where they take long, each has one of the two (tests/conftest.py).
@@ -61,13 +62,15 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.suite")
-    parser.add_argument("action", choices=["test", "lint", "sanitize"])
+    parser.add_argument("action", choices=["test", "lint", "docs", "sanitize"])
     parser.add_argument("pytest", nargs=argparse.REMAINDER, metavar="PYTEST ARGUMENTS")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     try:
         if options.action == "lint":
             return lint()
+        if options.action == "docs":
+            return docs()
         run = test if options.action == "test" else sanitize
         return run(options.pytest)
     except SetupError as error:
@@ -198,8 +201,25 @@ def lint() -> int:
     except SetupError as error:
         say(str(error))
         failed.append("C code")
+    if docs():
+        failed.append("documentation")
     say(f"lint failed: {', '.join(failed)}" if failed else "lint: all clean")
     return 1 if failed else 0
+
+
+# Documentation
+
+
+def docs() -> int:
+    """The site, in build-docs/; a link that leads nowhere is an error. Needs no network."""
+    say("documentation (mkdocs)")
+    argv = [str(PYTHON), "-m", "mkdocs", "build", "--strict", "--quiet"]
+    # The theme announces other generators; which one is used is the affair of pyproject.toml.
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    status = subprocess.run(argv, env=environment, check=False).returncode
+    if status == 0:
+        say(f"the documentation is in {SITE_DOCS.relative_to(ROOT)}/index.html")
+    return status
 
 
 # Sanitize
