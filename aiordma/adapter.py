@@ -17,6 +17,7 @@ from .config import Config
 from .cq_reactor import CqReactor
 from .errors import DeviceError
 from .mr_pool import MemoryPool
+from .staging import Scratch, StagingPool
 from .verbs import Context, Device, ProtectionDomain, Transport, devices, usroce
 from .verbs.gid_choice import Address, GidChoice, choose_gid, interface_addresses
 from .verbs.provider import usroce_is_off
@@ -48,6 +49,8 @@ class Adapter:
                 context, inline_spin_us=config.inline_spin_us, turn_spin_us=config.turn_spin_us
             )
             self.pool = MemoryPool(self.pd, config)
+            self._staging: dict[int, StagingPool] = {}
+            self._scratch: dict[int, Scratch] = {}
         except Exception:
             context.close()
             raise
@@ -56,6 +59,20 @@ class Adapter:
         """One user more; each must :meth:`release` once."""
         self.users += 1
         return self
+
+    def staging(self, size: int) -> StagingPool:
+        """The staging buffers of ``size`` bytes."""
+        pool = self._staging.get(size)
+        if pool is None:
+            pool = self._staging[size] = StagingPool(self.pool, size)
+        return pool
+
+    def scratch(self, size: int) -> Scratch:
+        """Where inline data of up to ``size`` bytes is put together."""
+        scratch = self._scratch.get(size)
+        if scratch is None:
+            scratch = self._scratch[size] = Scratch(size)
+        return scratch
 
     def release(self) -> None:
         """One user less; the last one closes the device."""

@@ -21,6 +21,10 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+#: The slabs that a pool has room for, at least: each size of buffers has slabs of its own.
+_SLABS = 4
+
+
 def _knob(default: Any, low: float, high: float, unit: str, *, doc: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "unit": unit, "doc": doc})
 
@@ -80,7 +84,7 @@ class Config:
         64 * KIB,
         1 * GIB,
         "bytes",
-        doc="memory is registered in pieces of this size (a multiple of 4096)",
+        doc="memory is registered in pieces of this size (a multiple of 4096, at most a 4th of pool_limit)",
     )
     huge_pages: HugePages = field(
         default="auto",
@@ -159,9 +163,10 @@ class Config:
             raise MisuseError(f"Config.mtu={self.mtu}: one of 256, 512, 1024, 2048, 4096")
         if self.slab_size % 4096:
             raise MisuseError(f"Config.slab_size={self.slab_size}: a multiple of 4096 bytes")
-        if self.slab_size > self.pool_limit:
+        if _SLABS * self.slab_size > self.pool_limit:
             raise MisuseError(
-                f"Config.slab_size={self.slab_size} is larger than Config.pool_limit={self.pool_limit}"
+                f"Config.slab_size={self.slab_size} is more than a {_SLABS}th of "
+                f"Config.pool_limit={self.pool_limit}; staging, receives and leases have slabs of their own"
             )
 
     @staticmethod

@@ -6,12 +6,13 @@ confused, because completions of different queues are not ordered: the peer's cr
 before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
 nothing passes a write that was issued before it.
 
-Each slot owns a staging buffer in registered memory. Small data is copied there once (or travels inline), so it
-needs no registration of its own and the caller's buffer is free as soon as the request is posted. Large data
-is pinned and moved in place, in pieces where the port limits the size of a message.
+Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
+travels inline (staging.py); so it needs no registration of its own, and the caller's buffer is free as soon as the
+request is posted. Without a staging buffer, the queue waits for its turn; nothing passes what waits. Large data is
+pinned and moved in place, in pieces where the port limits the size of a message.
 
-Slots for credit frames are reserved: two peers that are both blocked in send still tell each other about
-credits.
+Slots for credit frames are reserved, and such a frame never needs a staging buffer: two peers that are both
+blocked in send still tell each other about credits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .mr_pool import Lease
 from .protocol.credit import CreditLedger
 from .protocol.frames import HEADER, HEADER_SIZE, FrameKind
 from .registrations import Pinned
+from .staging import SCRATCH_PLACES, Place, Scratch, StagingBuffer, StagingPool
 from .verbs import SEND_WR_STRUCT, CompletionQueue, QueuePair, SendFlags, WrOpcode
 
 _SIGNALED = int(SendFlags.SIGNALED)
@@ -40,6 +42,9 @@ READ = int(WrOpcode.RDMA_READ)
 FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
 COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
 _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
+_OUTBOUND = (SEND, WRITE, WRITE_IMM)
+#: The most bytes of a control frame.
+CONTROL_FRAME = HEADER_SIZE
 
 _now_ns = time.perf_counter_ns
 
@@ -118,14 +123,13 @@ class Operation(SpinningFuture):
 
 
 class SendSlot:
-    """One slot of the send queue, with its staging buffer."""
+    """One slot of the send queue; ``buffer`` is the staging buffer it holds, if any."""
 
-    __slots__ = ("address", "operation", "queue", "view", "wr_id")
+    __slots__ = ("buffer", "operation", "queue", "wr_id")
 
-    def __init__(self, queue: SendQueue, address: int, view: memoryview) -> None:
+    def __init__(self, queue: SendQueue) -> None:
         self.queue = queue
-        self.address = address
-        self.view = view
+        self.buffer: StagingBuffer | None = None
         self.operation: Operation | None = None
         self.wr_id = 0
 
@@ -134,10 +138,23 @@ class SendSlot:
         operation = self.operation
         self.operation = None
         queue = self.queue
-        if operation is None:
-            queue.control_completed(self, status, vendor_err)
-        else:
+        if operation is not None:
             queue.completed(self, operation, status, vendor_err)
+
+
+class ControlSlot(SendSlot):
+    """A slot reserved for control frames, and where such a frame is put together."""
+
+    __slots__ = ("flags", "place")
+
+    def __init__(self, queue: SendQueue, place: Place, flags: int) -> None:
+        super().__init__(queue)
+        self.place = place
+        self.flags = flags
+
+    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+        """The frame left, or failed."""
+        self.queue.control_completed(self, status, vendor_err)
 
 
 class SendQueue:
@@ -150,10 +167,11 @@ class SendQueue:
         reactor: CqReactor,
         cq: CompletionQueue,
         qp: QueuePair,
-        lease: Lease,
+        staging: StagingPool,
+        scratch: Scratch,
+        control_lease: Lease | None,
         depth: int,
         control: int,
-        stage_size: int,
         max_message: int,
         governor: SpinGovernor | None,
         spins: bool,
@@ -166,23 +184,20 @@ class SendQueue:
         self._reactor = reactor
         self._cq = cq
         self._qp = qp
-        self._lease = lease
-        self._lkey = lease.lkey
+        self._staging = staging
+        self._places = scratch.places
         self._inline = qp.max_inline
         self._governor = governor
         self._failed = failed
         self._broken = broken
-        self.stage_size = stage_size
+        self.stage_size = staging.size
         self.max_message = max_message
-        self._view = memoryview(lease)
-        slots = [
-            SendSlot(self, lease.address + i * stage_size, self._view[i * stage_size : (i + 1) * stage_size])
-            for i in range(depth + control)
-        ]
-        self._slots = slots
-        self._free = slots[:depth]
-        self._control_free = slots[depth:]
         self._depth = depth
+        self._slots = [SendSlot(self)]
+        self._free = self._slots[:]  # never empty while there are slots to be made: see _take_slot()
+        self._control_lease = control_lease
+        self._control_slots = self._make_control_slots(control)
+        self._control_free = self._control_slots[:]
         self.ledger: CreditLedger | None = None
         self._reserved = 0  # credits promised to operations that still wait for a slot
         self._credit_queue: deque[Operation] = deque()
@@ -194,6 +209,17 @@ class SendQueue:
         self.sent = 0
         self.credit_frames = 0
 
+    def _make_control_slots(self, count: int) -> list[ControlSlot]:
+        """Control frames travel inline; only a device that takes none needs registered memory for them."""
+        lease = self._control_lease
+        if lease is None:
+            return [ControlSlot(self, self._places[0], _INLINE) for _ in range(count)]
+        self._control_view = memoryview(lease)
+        return [
+            ControlSlot(self, Place(lease.address + at, lease.lkey, self._control_view[at:]), _SIGNALED)
+            for at in range(0, count * CONTROL_FRAME, CONTROL_FRAME)
+        ]
+
     @property
     def waiting(self) -> tuple[int, int]:
         """How many operations wait for a credit, and for a slot."""
@@ -202,7 +228,7 @@ class SendQueue:
     @property
     def in_flight(self) -> int:
         """Data slots in use."""
-        return self._depth - len(self._free)
+        return len(self._slots) - len(self._free)
 
     def _spin(self, future: SpinningFuture) -> None:
         self._reactor.spin(future, self._cq, self._governor, once=not self._spins)
@@ -219,7 +245,7 @@ class SendQueue:
             operation.fail(self.refused)
             return operation
         if self._free and not self._slot_queue and not self.closed and self._takes_short_way(operation):
-            self._post((self._stage(operation, self._free.pop()),))
+            self._post((self._stage(operation, self._take_slot(), self._places[0]),))
             return operation
         (self._credit_queue if operation.credit else self._slot_queue).append(operation)
         self.pump()
@@ -233,8 +259,11 @@ class SendQueue:
             ledger = self.ledger
             if self._credit_queue or ledger is None or ledger.data_credits <= self._reserved:
                 return False
+            if not self._make_room(operation):
+                return False
             self._reserved += 1
-        return True
+            return True
+        return self._make_room(operation)
 
     def submit_many(self, operations: list[Operation]) -> None:
         """The same for several, with one doorbell for as many as fit."""
@@ -265,6 +294,10 @@ class SendQueue:
             self._reserved += 1
             self._slot_queue.append(waiting.popleft())
 
+    def staging_ready(self) -> None:
+        """A staging buffer has come back, and it is our turn."""
+        self.pump()
+
     def pump(self) -> None:
         """Posts what the windows allow, in order, with one call for all of it."""
         self._promote()
@@ -273,39 +306,75 @@ class SendQueue:
         batch: list[PackedFields] = []
         while self._slot_queue and self._free:
             operation = self._slot_queue[0]
-            if operation.post is not None:
+            if operation.post is not None or len(batch) == SCRATCH_PLACES:
                 self._post(batch)
                 batch = []
                 if self.refused is not None or not self._free:
                     return
-                self._slot_queue.popleft()
-                self._post_special(operation)
+                if operation.post is not None:
+                    self._slot_queue.popleft()
+                    self._post_special(operation)
                 continue
-            batch.append(self._stage(operation, self._free.pop()))
+            if not self._make_room(operation):
+                break
+            batch.append(self._stage(operation, self._take_slot(), self._places[len(batch)]))
             if operation.offset >= operation.nbytes:
                 self._slot_queue.popleft()
         self._post(batch)
 
+    # --- slots and staging buffers -------------------------------------------------------------------
+
+    def _take_slot(self) -> SendSlot:
+        """The next free slot; another is made behind it when none is left and the depth allows it."""
+        slot = self._free.pop()
+        if not self._free and len(self._slots) < self._depth:
+            more = SendSlot(self)
+            self._slots.append(more)
+            self._free.append(more)
+        return slot
+
+    def _make_room(self, operation: Operation) -> bool:
+        """Gives the next free slot a staging buffer if the operation needs one. False: it must wait for one."""
+        opcode = operation.opcode
+        if operation.pinned is not None:
+            return True
+        nbytes = operation.nbytes + HEADER_SIZE if opcode == SEND else operation.nbytes
+        if not nbytes or (nbytes <= self._inline and opcode in _OUTBOUND):
+            return True
+        buffer = self._staging.take(self)
+        self._free[-1].buffer = buffer
+        return buffer is not None
+
+    def _free_slot(self, slot: SendSlot) -> None:
+        self._free.append(slot)
+        buffer = slot.buffer
+        if buffer is not None:
+            slot.buffer = None
+            self._staging.give(buffer)
+
     # --- building work requests ----------------------------------------------------------------------
 
-    def _stage(self, operation: Operation, slot: SendSlot) -> PackedFields:
-        """The next work request of an operation, its data in place."""
+    def _stage(self, operation: Operation, slot: SendSlot, inline: Place) -> PackedFields:
+        """The next work request of an operation, its data in place: that of the caller, the slot's staging buffer,
+        or ``inline`` when it needs none."""
         offset = operation.offset
         nbytes = min(operation.nbytes - offset, self.max_message)
         last = offset + nbytes >= operation.nbytes
         operation.offset = offset + nbytes
         opcode = operation.opcode
-        address, lkey, flags = slot.address, self._lkey, _SIGNALED
+        flags = _SIGNALED
         if operation.pinned is not None:
             address, lkey = operation.pinned.address + offset, operation.pinned.lkey
-        elif opcode == SEND:
-            nbytes = self._stage_message(operation, slot)
-        elif nbytes and operation.data is not None:
-            slot.view[:nbytes] = operation.data
-        if operation.data is not None or opcode == SEND:
-            operation.data = None
-            if nbytes <= self._inline:
+        else:
+            place: Place = slot.buffer or inline
+            if place is inline and (nbytes or opcode == SEND):
                 flags = _INLINE
+            address, lkey = place.address, place.lkey
+            if opcode == SEND:
+                nbytes = self._stage_message(operation, place.view)
+            elif nbytes and operation.data is not None:
+                place.view[:nbytes] = operation.data
+            operation.data = None
         if opcode == WRITE_IMM:
             if last:
                 self._use_credit()
@@ -325,13 +394,13 @@ class SendQueue:
             flags,
         )
 
-    def _stage_message(self, operation: Operation, slot: SendSlot) -> int:
+    def _stage_message(self, operation: Operation, view: memoryview) -> int:
         ledger = self._use_credit()
         data = operation.data
         nbytes = operation.nbytes
-        HEADER.pack_into(slot.view, 0, FrameKind.MESSAGE, 0, 0, nbytes, *ledger.stamp())
+        HEADER.pack_into(view, 0, FrameKind.MESSAGE, 0, 0, nbytes, *ledger.stamp())
         if nbytes:
-            slot.view[HEADER_SIZE : HEADER_SIZE + nbytes] = data
+            view[HEADER_SIZE : HEADER_SIZE + nbytes] = data
         return HEADER_SIZE + nbytes
 
     def _use_credit(self) -> CreditLedger:
@@ -382,7 +451,7 @@ class SendQueue:
 
     def _post_special(self, operation: Operation) -> None:
         assert operation.post is not None
-        slot = self._free.pop()
+        slot = self._take_slot()
         wr_id = self._enter(slot, operation)
         operation.offset = operation.nbytes
         try:
@@ -397,7 +466,7 @@ class SendQueue:
         """The device refused the request of this slot: slot and memory are ours again."""
         operation, slot.operation = slot.operation, None
         self._reactor.remove(slot.wr_id, slot)
-        self._free.append(slot)
+        self._free_slot(slot)
         if operation is not None:
             self._settle(operation)
 
@@ -422,7 +491,7 @@ class SendQueue:
     def completed(self, slot: SendSlot, operation: Operation, status: int, vendor_err: int) -> None:
         """A work request of ``operation`` completed."""
         if status:
-            self._free.append(slot)
+            self._free_slot(slot)
             self._settle(operation)
             self._failed(status, vendor_err, operation.kind, operation)
             return
@@ -430,20 +499,22 @@ class SendQueue:
             operation.set_result(self._result(operation, slot))
             if self._governor is not None and operation.nbytes <= self.stage_size:
                 self._governor.learn(_now_ns() - operation.started_ns)
-        self._free.append(slot)
+        self._free_slot(slot)
         self._settle(operation)
         if self._slot_queue or self._credit_queue:
             self.pump()
 
     def _result(self, operation: Operation, slot: SendSlot) -> Any:
-        opcode = operation.opcode
+        opcode, buffer = operation.opcode, slot.buffer
         if opcode == READ:
             if operation.into:
                 return operation.nbytes
-            return bytes(operation.landing or slot.view[: operation.nbytes])
-        if opcode in _ATOMICS:
+            if operation.landing is not None:
+                return bytes(operation.landing)
+            return bytes(buffer.view[: operation.nbytes]) if buffer is not None else b""
+        if opcode in _ATOMICS and buffer is not None:
             # The card has put the old value there in the order of this machine.
-            return slot.view[:8].cast("Q")[0]
+            return buffer.view[:8].cast("Q")[0]
         return None
 
     # --- credit frames -------------------------------------------------------------------------------
@@ -454,12 +525,12 @@ class SendQueue:
         while ledger is not None and not self.closed and self._control_free and ledger.update_due():
             slot = self._control_free.pop()
             ledger.send_control()
-            HEADER.pack_into(slot.view, 0, FrameKind.CREDIT, 0, 0, 0, *ledger.stamp())
-            flags = _INLINE if self._inline >= HEADER_SIZE else _SIGNALED
+            place = slot.place
+            HEADER.pack_into(place.view, 0, FrameKind.CREDIT, 0, 0, 0, *ledger.stamp())
             slot.wr_id = self._reactor.add(slot)
             self.posted += 1
             self.credit_frames += 1
-            rc = self._qp.post_send(slot.wr_id, SEND, flags, slot.address, HEADER_SIZE, self._lkey)
+            rc = self._qp.post_send(slot.wr_id, SEND, slot.flags, place.address, HEADER_SIZE, place.lkey)
             if rc:
                 self._reactor.remove(slot.wr_id, slot)
                 self.posted -= 1
@@ -469,7 +540,7 @@ class SendQueue:
                 )
                 return
 
-    def control_completed(self, slot: SendSlot, status: int, vendor_err: int) -> None:
+    def control_completed(self, slot: ControlSlot, status: int, vendor_err: int) -> None:
         """A credit frame left (or failed)."""
         self.posted -= 1
         self._control_free.append(slot)
@@ -485,6 +556,7 @@ class SendQueue:
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
         """Ends every wait, queued or in flight; posted memory stays with the device until it hands it back."""
         self.closed = True
+        self._staging.forget(self)
         queued = [*self._credit_queue, *self._slot_queue]
         self._credit_queue.clear()
         self._slot_queue.clear()
@@ -502,8 +574,14 @@ class SendQueue:
         for slot in self._slots:
             if self._reactor.remove(slot.wr_id, slot):
                 operation, slot.operation = slot.operation, None
+                self._free_slot(slot)
                 if operation is not None:
                     self._settle(operation)
-            slot.view.release()
-        self._view.release()
-        self._lease.release_nowait()
+        for control in self._control_slots:
+            self._reactor.remove(control.wr_id, control)
+        if self._control_lease is not None:
+            for control in self._control_slots:
+                control.place.view.release()
+            self._control_view.release()
+            self._control_lease.release_nowait()
+        self._staging.leave()

@@ -43,7 +43,18 @@ from .protocol.frames import HEADER_SIZE
 from .receive_queue import ReceiveQueue
 from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
-from .send_queue import COMPARE_SWAP, FETCH_ADD, READ, SEND, WRITE, WRITE_IMM, Operation, SendQueue
+from .send_queue import (
+    COMPARE_SWAP,
+    CONTROL_FRAME,
+    FETCH_ADD,
+    READ,
+    SEND,
+    WRITE,
+    WRITE_IMM,
+    Operation,
+    SendQueue,
+)
+from .staging import StagingPool
 from .verbs import Access, AsyncEvent, EventType, Path, QueuePair
 
 if TYPE_CHECKING:
@@ -130,7 +141,9 @@ class Connection:
         reactor, pool = adapter.reactor, adapter.pool
         stage = config.eager_size + HEADER_SIZE
         sends, receives = config.send_depth + CONTROL_WINDOW, config.receive_credits + CONTROL_WINDOW
-        send_lease = recv_lease = None
+        recv_lease = control_lease = None
+        staging = adapter.staging(stage)
+        joined = False
         self._entries = sends + receives
         try:
             self._cq = reactor.attach(config.mode, self._entries)
@@ -139,7 +152,8 @@ class Connection:
             self._state = "closed"
             raise
         try:
-            send_lease = await pool.acquire(sends * stage)
+            await staging.join()
+            joined = True
             recv_lease = await pool.acquire(receives * stage)
             self._qp = QueuePair(
                 adapter.pd,
@@ -148,15 +162,20 @@ class Connection:
                 max_recv_wr=receives,
                 max_inline=config.inline_size,
             )
+            if self._qp.max_inline < CONTROL_FRAME:
+                control_lease = await pool.acquire(CONTROL_WINDOW * CONTROL_FRAME)
         except BaseException:
-            for lease in (send_lease, recv_lease):
-                if lease is not None:
-                    lease.release_nowait()
+            if hasattr(self, "_qp"):
+                self._qp.close()
+            if recv_lease is not None:
+                recv_lease.release_nowait()
+            if joined:
+                staging.leave()
             reactor.detach(config.mode, self._cq, self._entries)
             adapter.release()
             self._state = "closed"
             raise
-        self._make_queues(send_lease, recv_lease, stage)
+        self._make_queues(staging, control_lease, recv_lease, stage)
         try:
             self._qp.to_init(self.route.choice.port.port)
             self._receives.post_all()
@@ -164,17 +183,20 @@ class Connection:
             self._destroy()
             raise
 
-    def _make_queues(self, send_lease: Lease, recv_lease: Lease, stage: int) -> None:
+    def _make_queues(
+        self, staging: StagingPool, control_lease: Lease | None, recv_lease: Lease, stage: int
+    ) -> None:
         config, reactor = self._config, self._adapter.reactor
         adaptive = config.mode == "adaptive"
         self._sends = SendQueue(
             reactor=reactor,
             cq=self._cq,
             qp=self._qp,
-            lease=send_lease,
+            staging=staging,
+            scratch=self._adapter.scratch(self._qp.max_inline),
+            control_lease=control_lease,
             depth=config.send_depth,
             control=CONTROL_WINDOW,
-            stage_size=stage,
             max_message=min(self.route.choice.port.max_message or _MAX_PIECE, _MAX_PIECE),
             governor=reactor.governor if adaptive else None,
             spins=config.mode != "event",
