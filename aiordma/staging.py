@@ -2,9 +2,9 @@
 
 A work request takes a buffer when it is posted and gives it back at its completion, so an idle connection holds
 none. Buffers are of one size (a pool for each size that connections use) and come in chunks leased from the memory
-pool, up to a quarter of it. When there is none and no room for another chunk, the send queue that asks joins a line;
-each buffer that comes back goes to the first in line. That line always moves: the pool keeps at least one chunk,
-and a buffer that is out is with the device, which hands it back, or goes down with its queue pair.
+pool, up to a quarter of it. When there is none and no room for another chunk, the send queue that asks joins a
+line; each buffer that comes back goes to the first in line. That line always moves: the pool keeps at least one
+chunk, and a buffer that is out is with the device, which hands it back, or goes down with its queue pair.
 
 Data that travels inline is read by the device while it is being posted, so it needs no registered memory: it is
 put together in the scratch, one place for each work request of a doorbell.
