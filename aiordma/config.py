@@ -60,7 +60,18 @@ class Config:
 
     # --- messages and windows ------------------------------------------------------------------------
     eager_size: int = _knob(
-        4 * KIB, 64, 1 * MIB, "bytes", doc="largest message of send(); agreed: the smaller of both sides"
+        4 * KIB,
+        64,
+        1 * MIB,
+        "bytes",
+        doc="messages up to this are copied through registered buffers, larger ones are read from the sender's "
+        "memory; agreed: the smaller of both sides",
+    )
+    max_message_size: int = _knob(
+        1 * GIB, 64, 1 << 40, "bytes", doc="largest message this side receives; the peer is told"
+    )
+    rendezvous_depth: int = _knob(
+        8, 1, 64, "messages", doc="messages above eager_size under way at a time; agreed: the smaller of both"
     )
     receive_credits: int = _knob(
         64, 2, 4096, "messages", doc="receives posted for the peer's messages and notifications"

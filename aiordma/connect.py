@@ -55,6 +55,7 @@ from .protocol.bootstrap import (
     Share,
     Unshare,
     Welcomed,
+    Withdraw,
     check_compatible,
     encode,
     printable,
@@ -171,6 +172,8 @@ class _Channel(asyncio.Protocol):
                 )
             case Unshare():
                 connection.peer_unshared(message.name)
+            case Withdraw():
+                connection.peer_withdrew(message.transfer)
             case Close():
                 connection.peer_closed(message.message, in_order=message.code == "normal")
 
@@ -183,6 +186,10 @@ class _Channel(asyncio.Protocol):
     def send_unshare(self, name: str) -> None:
         """transport.Session: takes an announcement back."""
         self.write(encode(Unshare.make(name=name)))
+
+    def send_withdraw(self, transfer: int) -> None:
+        """transport.Session: takes the offer of a large message back."""
+        self.write(encode(Withdraw.make(transfer=transfer)))
 
     def send_close(self, error: RdmaError | None) -> None:
         """transport.Session: says goodbye and closes."""
@@ -212,6 +219,8 @@ class _Channel(asyncio.Protocol):
             eager_size=config.eager_size,
             receive_credits=config.receive_credits,
             control_credits=CONTROL_WINDOW,
+            rendezvous_depth=config.rendezvous_depth,
+            max_message_size=config.max_message_size,
             device=route.adapter.name[:64],
         )
 

@@ -181,7 +181,7 @@ class RemoteBoundsError(MisuseError, IndexError):
 
 
 class MessageTooLargeError(MisuseError):
-    """A message is larger than the eager size both sides agreed on.
+    """A message is larger than the peer takes.
 
     Attributes: ``nbytes``, ``limit`` (both in bytes).
     """
@@ -190,9 +190,8 @@ class MessageTooLargeError(MisuseError):
         self.nbytes = nbytes
         self.limit = limit
         super().__init__(
-            f"message of {nbytes} bytes is larger than the {limit} bytes that both sides agreed on; raise "
-            "Config(eager_size=...) on both sides, or share a region and use write()/read(), "
-            "which take any size"
+            f"message of {nbytes} bytes is larger than the {limit} bytes that the receiver takes; raise "
+            "Config(max_message_size=...) there, or share a region and use write()/read(), which take any size"
         )
 
 

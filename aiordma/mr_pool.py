@@ -32,7 +32,8 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """Registered memory in bytes; ``waiting`` counts callers of acquire()."""
+    """Registered memory in bytes; ``waiting`` counts callers of acquire(), ``pinned`` are users' own buffers that
+    operations use now, ``cached`` those kept registered for the next use."""
 
     limit: int
     registered: int
@@ -41,6 +42,7 @@ class PoolStatistics:
     slabs: int
     huge_slabs: int
     waiting: int
+    pinned: int
     cached: int
     cached_registrations: int
     cache_hits: int
@@ -402,12 +404,28 @@ class MemoryPool:
         ``writable``), :class:`MemoryLimitError` when it cannot be registered.
         """
         view = export(buffer, writable=writable)
+        return self._pin(buffer, view, Access.LOCAL_WRITE if writable else Access.NONE)
+
+    def pin_new_bytes(self, data: bytes) -> Pinned:
+        """The same for the device to write into a bytes object of ``new_bytes()``, which nobody else has seen."""
+        return self._pin(data, export(data, writable=False), Access.LOCAL_WRITE)
+
+    def _pin(self, buffer: object, view: Any, access: Access) -> Pinned:
         address, nbytes = int(ffi.cast("uintptr_t", view)), len(view)
         lkey = self.find(address, nbytes)
         if lkey is not None:
             return Pinned(address, nbytes, lkey, view, None)
+        return self._registered_pin(buffer, view, access)
+
+    def pin_exposed(self, buffer: object, access: Access) -> Pinned:
+        """A buffer with a registration of exactly its bytes, for the peer to read: through a window if ``access``
+        is MW_BIND, else by the registration's own key. Errors as :meth:`pin`."""
+        return self._registered_pin(buffer, export(buffer, writable=False), access)
+
+    def _registered_pin(self, buffer: object, view: Any, access: Access) -> Pinned:
+        address, nbytes = int(ffi.cast("uintptr_t", view)), len(view)
         try:
-            entry = self._cache.acquire(buffer, address, nbytes, writable=writable)
+            entry = self._cache.acquire(buffer, address, nbytes, access)
         except BaseException:
             ffi.release(view)
             raise
@@ -437,6 +455,7 @@ class MemoryPool:
             slabs=len(self._slabs),
             huge_slabs=sum(slab.huge for slab in self._slabs),
             waiting=sum(not future.done() for future, _ in self._waiters),
+            pinned=cache.used_bytes,
             cached=cache.idle_bytes,
             cached_registrations=len(cache),
             cache_hits=cache.hits,
@@ -525,6 +544,14 @@ class ReceiveRing:
     def arrived(self) -> None:
         """One posted receive was used (or flushed)."""
         self.posted -= 1
+
+    def address(self, index: int) -> int:
+        """Where a buffer starts."""
+        return self._lease.address + index * self.size
+
+    def hold(self) -> memoryview:
+        """Keeps the memory from being handed to others until this view is released, after :meth:`close` too."""
+        return memoryview(self._lease)
 
     def buffer(self, index: int, nbytes: int) -> memoryview:
         """The first ``nbytes`` of a buffer that has arrived."""

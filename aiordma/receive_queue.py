@@ -1,8 +1,9 @@
 """The receive side of a connection: posted buffers, the inbox, and who waits for it.
 
-A message stays in the buffer it arrived in until the user takes it; then it is copied out, the buffer is posted
-again, and a credit is owed to the peer. So a slow user slows the sender, and memory is bounded by the ring. A
-notification frees its buffer at once, but its credit is owed only when the user takes it, for the same reason.
+A message stays in the buffer it arrived in until the user takes it; then it is copied out (or lent: MessageLease),
+the buffer is posted again, and a credit is owed to the peer. So a slow user slows the sender, and memory is
+bounded by the ring. A notification, and the offer of a large message, free their buffer at once, but their credit
+is owed only when the user has taken them, for the same reason.
 
 Taking is separate from waking: a receiver that is cancelled between its wake-up and its turn has taken nothing,
 and the wake-up goes to the next in line. Receivers are served in the order they came.
@@ -14,13 +15,16 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
+from ._native import ffi
+from ._native._memory import Memory
 from .cq_reactor import CqReactor, SpinGovernor
 from .errors import DeviceError, ProtocolError
 from .mr_pool import Lease, ReceiveRing
 from .protocol.credit import CreditLedger
 from .protocol.frames import HEADER, HEADER_SIZE, FrameKind, check_header
+from .protocol.rendezvous import Taking
 from .send_queue import SendQueue, SpinningFuture
 from .verbs import QueuePair, WcOpcode
 
@@ -53,6 +57,19 @@ class Inbox(Generic[T]):
         self.items.append(item)
         self._wake()
 
+    def put_back(self, item: T) -> None:
+        """An item that was taken is the next one again; wakes the first in line."""
+        self.items.appendleft(item)
+        self._wake()
+
+    def remove(self, item: T) -> None:
+        """An item is gone; a receiver that was woken for it finds nothing."""
+        self.items.remove(item)
+
+    def look_again(self) -> None:
+        """Somebody leaves the next item to others: wakes the first in line."""
+        self._wake()
+
     def _wake(self) -> None:
         while self._waiters and len(self.items) > self._promised:
             waiter = self._waiters.popleft()
@@ -66,7 +83,8 @@ class Inbox(Generic[T]):
         return len(self.items) > self._promised
 
     async def wait(self) -> None:
-        """Returns when it is the caller's turn to take an item: it must do so before it awaits anything.
+        """Returns when it is the caller's turn to take an item: it must do so before it awaits anything, and look
+        first whether there is one (:meth:`remove`).
 
         Cancelled: the turn goes to the next. Raises what :meth:`fail` was given.
         """
@@ -94,6 +112,69 @@ class Inbox(Generic[T]):
                 waiter.set_exception(make_error())
 
 
+class LargeArrivals(Protocol):
+    """Who handles large messages (large_messages.py)."""
+
+    def offered(self, payload: bytes) -> None:
+        """An OFFER frame."""
+
+    def answered(self, payload: bytes) -> None:
+        """A DONE frame."""
+
+
+class MessageLease(Memory):
+    """A received message in the registered memory it arrived in: a buffer (``memoryview(lease)``, numpy).
+
+    :meth:`release`, or the end of a ``with`` block, gives the memory back; the credit goes to the sender then.
+    While a view of it is alive after that, the memory is not used again.
+    """
+
+    __slots__ = ("_give_back", "_loop", "_released")
+
+    def __init__(self, address: int, nbytes: int, owner: object, give_back: Callable[[], None]) -> None:
+        super().__init__(address, nbytes, owner)
+        self._loop = asyncio.get_running_loop()
+        self._give_back = give_back
+        self._released = False
+
+    @classmethod
+    def of_copy(cls, data: bytes) -> Self:
+        """For a message that has left registered memory because its connection has ended."""
+        copy = bytearray(data)
+        view = ffi.from_buffer(copy, require_writable=True)
+        return cls(int(ffi.cast("uintptr_t", view)), len(copy), view, lambda: None)
+
+    @property
+    def released(self) -> bool:
+        """True after :meth:`release`."""
+        return self._released
+
+    def release(self) -> None:
+        """Gives the memory back. Idempotent. Called in the connection's event loop."""
+        if self._released:
+            return
+        self._released = True
+        self._close_memory()
+        if not self.exports:
+            self._give_back()
+
+    def _last_view_gone(self) -> None:
+        """Called by the buffer type, in whatever thread, when no view of a released lease is left."""
+        try:
+            self._loop.call_soon_threadsafe(self._give_back)
+        except RuntimeError:
+            pass  # the loop is closed, and the connection with it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"<MessageLease {self.nbytes} bytes{' released' if self._released else ''}>"
+
+
 class ReceiveSlot:
     """One receive buffer of the ring in the pending table."""
 
@@ -112,7 +193,8 @@ class ReceiveSlot:
 class ReceiveQueue:
     """The ring, the inbox of messages and the inbox of notifications.
 
-    A message in the inbox is (buffer index, payload length), or bytes once the ring is gone.
+    A message in the inbox is (buffer index, payload length), bytes once the ring is gone, or the offer of a large
+    one, which only large_messages.py can read.
     """
 
     def __init__(
@@ -123,6 +205,7 @@ class ReceiveQueue:
         lease: Lease,
         window: int,
         control: int,
+        offers: int,
         size: int,
         sends: SendQueue,
         spin: Callable[[SpinningFuture], None] | None,
@@ -134,15 +217,16 @@ class ReceiveQueue:
         self._sends = sends
         self._failed = failed
         self._broken = broken
-        count = window + control
+        count = window + control + offers
         self._slots = [ReceiveSlot(self, index) for index in range(count)]
         self.ring = ReceiveRing(
             lease, count, size, wr_id=self._enter, post=qp.post_recv, post_one=qp.post_recv_one
         )
         loop = asyncio.get_running_loop()
-        self.messages: Inbox[tuple[int, int] | bytes] = Inbox(loop, spin, governor)
+        self.messages: Inbox[tuple[int, int] | bytes | Taking] = Inbox(loop, spin, governor)
         self.notifications: Inbox[int] = Inbox(loop, spin, governor)
         self.ledger: CreditLedger | None = None
+        self.large: LargeArrivals | None = None  # set with the ledger
         self.closed = False
         self.on_idle: Callable[[], None] | None = None
         self.received = 0
@@ -194,33 +278,54 @@ class ReceiveQueue:
             more = ledger.learn(data, control)
             self.messages.put((index, length))
         else:
-            ledger.receive_control()
-            self.ring.post_one(index)
-            more = ledger.learn(data, control)
+            more = self._control_arrived(ledger, kind, index, length, (data, control))
         if more:
             self._sends.pump()
-        self._sends.send_credits()
+        self._sends.send_control()
+
+    def _control_arrived(
+        self, ledger: CreditLedger, kind: int, index: int, length: int, limits: tuple[int, int]
+    ) -> bool:
+        """A frame whose buffer is free at once; True when the limit for our data rose."""
+        payload = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
+        self.ring.post_one(index)
+        more = ledger.learn(*limits)
+        assert self.large is not None
+        if kind == FrameKind.CREDIT:
+            ledger.receive_control()
+        elif kind == FrameKind.OFFER:
+            ledger.receive_data()
+            self.received += 1
+            self.large.offered(payload)
+        else:
+            self.large.answered(payload)
+        return more
 
     # --- taking --------------------------------------------------------------------------------------
 
     def peek(self) -> int:
         """The length in bytes of the message that is next."""
         item = self.messages.items[0]
-        return item[1] if isinstance(item, tuple) else len(item)
+        if isinstance(item, tuple):
+            return item[1]
+        return item.offer.nbytes if isinstance(item, Taking) else len(item)
 
-    def take(self) -> bytes:
-        """The next message, as bytes; its buffer is posted again."""
+    def take(self) -> bytes | Taking:
+        """The next message, as bytes; its buffer is posted again. The offer of a large one is the caller's now."""
         item = self.messages.items.popleft()
-        if isinstance(item, bytes):
+        if not isinstance(item, tuple):
             return item
         index, length = item
         data = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
         self._recycle(index)
         return data
 
-    def take_into(self, view: memoryview) -> int:
-        """The next message, copied to the start of ``view``, which is large enough; returns its length."""
+    def take_into(self, view: memoryview) -> int | Taking:
+        """The next message, copied to the start of ``view``, which is large enough; returns its length. Offers as
+        in :meth:`take`."""
         item = self.messages.items.popleft()
+        if isinstance(item, Taking):
+            return item
         if isinstance(item, bytes):
             view[: len(item)] = item
             return len(item)
@@ -229,10 +334,30 @@ class ReceiveQueue:
         self._recycle(index)
         return length
 
+    def take_lease(self) -> MessageLease | bytes | Taking:
+        """The next message where it lies, its buffer lent until the lease is released; bytes when the ring is
+        gone. Offers as in :meth:`take`."""
+        item = self.messages.items.popleft()
+        if not isinstance(item, tuple):
+            return item
+        index, length = item
+        hold = self.ring.hold()  # the memory outlives the connection, if the lease does
+
+        def give_back() -> None:
+            hold.release()
+            self._recycle(index)
+
+        return MessageLease(self.ring.address(index) + HEADER_SIZE, length, hold, give_back)
+
+    def put_back(self, item: bytes | Taking) -> None:
+        """What was taken is next again."""
+        if not self.closed or isinstance(item, bytes):
+            self.messages.put_back(item)
+
     def take_notification(self) -> int:
         """The next notification."""
         imm = self.notifications.items.popleft()
-        self._owe()
+        self.owe()
         return imm
 
     def _recycle(self, index: int) -> None:
@@ -243,17 +368,19 @@ class ReceiveQueue:
         except DeviceError as error:
             self._broken(error)
             return
-        self._owe()
+        self.owe()
 
-    def _owe(self) -> None:
+    def owe(self) -> None:
+        """The user has taken something whose receive was posted again: its credit is owed."""
         if self.ledger is not None and not self.closed:
             self.ledger.release()
-            self._sends.send_credits()
+            self._sends.send_control()
 
     # --- the end -------------------------------------------------------------------------------------
 
     def stop(self, *, keep: bool) -> None:
-        """Nothing more is taken in. With ``keep``, what has arrived is copied out of the ring and stays."""
+        """Nothing more is taken in. With ``keep``, what has arrived is copied out of the ring and stays, up to the
+        first large message: that can be read no more, and there must be no gap."""
         if self.closed:
             return
         self.closed = True
@@ -261,6 +388,8 @@ class ReceiveQueue:
         self.messages.items.clear()
         if keep:
             for item in items:
+                if isinstance(item, Taking):
+                    break
                 if isinstance(item, tuple):
                     index, length = item
                     item = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])

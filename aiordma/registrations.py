@@ -18,6 +18,9 @@ from ._native import ffi
 from .errors import MemoryLimitError, MisuseError
 from .verbs import Access, MemoryRegion, ProtectionDomain
 
+#: Address, length in bytes, access.
+_Key = tuple[int, int, Access]
+
 
 def export(buffer: object, *, writable: bool) -> Any:
     """The buffer as a cffi view, which keeps it exported until released."""
@@ -56,6 +59,15 @@ class Pinned:
             entry.release()
         ffi.release(view)
 
+    def copy_in(self, offset: int, data: bytes) -> None:
+        """Puts ``data`` into the buffer, which is large enough and writable."""
+        ffi.memmove(ffi.cast("char *", self.address + offset), data, len(data))
+
+    @property
+    def region(self) -> MemoryRegion | None:
+        """Its own registration; None when it lies in the pool's."""
+        return self._entry.region if self._entry is not None else None
+
     def __enter__(self) -> Self:
         return self
 
@@ -63,12 +75,50 @@ class Pinned:
         self.release()
 
 
+class PinnedParts:
+    """A pinned buffer that several operations use at once: it is released with the last of them."""
+
+    __slots__ = ("_pinned", "_users")
+
+    def __init__(self, pinned: Pinned) -> None:
+        self._pinned = pinned
+        self._users = 0
+
+    def part(self, offset: int) -> PinnedPart:
+        """The buffer from ``offset`` on, until its ``release()``."""
+        self._users += 1
+        return PinnedPart(self, self._pinned.address + offset, self._pinned.lkey)
+
+    def released(self) -> None:
+        """One user less."""
+        self._users -= 1
+        if self._users == 0:
+            self._pinned.release()
+
+
+class PinnedPart:
+    """What one operation uses of a pinned buffer."""
+
+    __slots__ = ("_whole", "address", "lkey")
+
+    def __init__(self, whole: PinnedParts, address: int, lkey: int) -> None:
+        self._whole: PinnedParts | None = whole
+        self.address = address
+        self.lkey = lkey
+
+    def release(self) -> None:
+        """The operation is done. Idempotent."""
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            whole.released()
+
+
 class CacheEntry:
     """A registration of a user's buffer and how many operations use it."""
 
     __slots__ = ("cache", "key", "region", "uses", "watch")
 
-    def __init__(self, cache: RegistrationCache, key: tuple[int, int, bool], region: MemoryRegion) -> None:
+    def __init__(self, cache: RegistrationCache, key: _Key, region: MemoryRegion) -> None:
         self.cache = cache
         self.key = key
         self.region = region
@@ -83,7 +133,7 @@ class CacheEntry:
 
 
 class RegistrationCache:
-    """Registrations by address, length and writability; idle ones in least-recently-used order, bounded.
+    """Registrations by address, length and access; idle ones in least-recently-used order, bounded.
 
     An entry in use is protected by the views of its users. An idle one lives only as long as its owner, an
     object of a kind that cannot move: see the top of this file.
@@ -92,8 +142,8 @@ class RegistrationCache:
     def __init__(self, pd: ProtectionDomain, limit: int) -> None:
         self._pd = pd
         self._limit = limit
-        self._entries: dict[tuple[int, int, bool], CacheEntry] = {}
-        self._idle: OrderedDict[tuple[int, int, bool], CacheEntry] = OrderedDict()
+        self._entries: dict[_Key, CacheEntry] = {}
+        self._idle: OrderedDict[_Key, CacheEntry] = OrderedDict()
         # Filled by weakref callbacks, which may run in any thread and inside any call; emptied at the next use.
         self._dead: deque[CacheEntry] = deque()
         self.explicit: list[CacheEntry] = []  # what MemoryPool.register() keeps; few
@@ -104,11 +154,19 @@ class RegistrationCache:
     def __len__(self) -> int:
         return len(self._idle)
 
-    def acquire(self, buffer: object, address: int, nbytes: int, *, writable: bool) -> CacheEntry:
-        """The entry for a buffer that the caller holds exported, registered if need be, used once more."""
+    @property
+    def used_bytes(self) -> int:
+        """What is registered because something uses it."""
+        return sum(entry.key[1] for entry in self._entries.values() if entry.uses)
+
+    def acquire(self, buffer: object, address: int, nbytes: int, access: Access) -> CacheEntry:
+        """The entry for a buffer that the caller holds exported, registered if need be, used once more.
+
+        A registration that lets peers in (no device lets them into one that is only for windows) never stays idle.
+        """
         self.bury()
-        key = (address, nbytes, writable)
-        entry = self._covering(address, nbytes, writable)
+        key = (address, nbytes, access)
+        entry = self._covering(address, nbytes, access)
         if entry is not None:
             self.hits += 1
             if entry.uses == 0:
@@ -117,23 +175,25 @@ class RegistrationCache:
             entry.uses += 1
             return entry
         self.misses += 1
-        access = Access.LOCAL_WRITE if writable else Access.NONE
         entry = CacheEntry(self, key, self._register(address, nbytes, access))
-        owner = _immovable_owner(buffer)
+        owner = None if access & Access.REMOTE_READ else _immovable_owner(buffer)
         if owner is not None:
             dead = self._dead
             entry.watch = weakref.ref(owner, lambda _ref, entry=entry: dead.append(entry))  # type: ignore[misc]
         self._entries[key] = entry
         return entry
 
-    def _covering(self, address: int, nbytes: int, writable: bool) -> CacheEntry | None:
-        """A registration that will do: what is writable can be read as well."""
+    def _covering(self, address: int, nbytes: int, access: Access) -> CacheEntry | None:
+        """A registration that will do: what is writable can be read as well; windows need one of exactly the
+        bytes they are bound over (regions.py says why)."""
+        if access & ~Access.LOCAL_WRITE:
+            return self._entries.get((address, nbytes, access))
         for entry in self.explicit:
             start, length, _ = entry.key
             if start <= address and address + nbytes <= start + length:
                 return entry
-        found = self._entries.get((address, nbytes, True))
-        return found if found is not None or writable else self._entries.get((address, nbytes, False))
+        found = self._entries.get((address, nbytes, Access.LOCAL_WRITE))
+        return found or self._entries.get((address, nbytes, access))
 
     def _register(self, address: int, nbytes: int, access: Access) -> MemoryRegion:
         try:

@@ -32,6 +32,7 @@ from .errors import (
     ProtocolError,
     RdmaError,
 )
+from .large_messages import LargeSend
 from .protocol.rpc import (
     HEADER_SIZE,
     CalleeLedger,
@@ -325,7 +326,7 @@ class RpcClient:
             self._abandon(call_id, operation)
             raise
 
-    def _abandon(self, call_id: int, operation: Operation) -> None:
+    def _abandon(self, call_id: int, operation: Operation | LargeSend) -> None:
         """Nobody waits for the call any more."""
         self._waiting.pop(call_id, None)
         if not (operation.done() or operation.in_flight):

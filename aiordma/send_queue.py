@@ -11,8 +11,8 @@ travels inline (staging.py); so it needs no registration of its own, and the cal
 request is posted. Without a staging buffer, the queue waits for its turn; nothing passes what waits. Large data is
 pinned and moved in place, in pieces where the port limits the size of a message.
 
-Slots for credit frames are reserved, and such a frame never needs a staging buffer: two peers that are both
-blocked in send still tell each other about credits.
+Slots for control frames (credits, and answers to offers of large messages) are reserved, and such a frame never
+needs a staging buffer: two peers that are both blocked in send still tell each other about credits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .errors import DeviceError, errno_text
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
 from .protocol.frames import HEADER, HEADER_SIZE, FrameKind
-from .registrations import Pinned
+from .protocol.rendezvous import DONE_SIZE
+from .registrations import Pinned, PinnedPart
 from .staging import SCRATCH_PLACES, Place, Scratch, StagingBuffer, StagingPool
 from .verbs import SEND_WR_STRUCT, CompletionQueue, QueuePair, SendFlags, WrOpcode
 
@@ -43,8 +44,10 @@ FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
 COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
 _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
 _OUTBOUND = (SEND, WRITE, WRITE_IMM)
+_MESSAGE = int(FrameKind.MESSAGE)
+_OFFER = int(FrameKind.OFFER)
 #: The most bytes of a control frame.
-CONTROL_FRAME = HEADER_SIZE
+CONTROL_FRAME = HEADER_SIZE + DONE_SIZE
 
 _now_ns = time.perf_counter_ns
 
@@ -83,11 +86,12 @@ class Operation(SpinningFuture):
     in_flight = 0  # work requests the device has
     counted = False  # the reactor knows of it
     started_ns = 0  # when it was posted; only where the governor learns from it
-    data: Any = None  # what staging copies from
-    pinned: Pinned | None = None  # large data: in place
-    landing: bytearray | None = None  # where a large read() lands before it becomes bytes
+    data: Any = None  # what staging copies from: a buffer, or a tuple of them
+    pinned: Pinned | PinnedPart | None = None  # large data: in place
+    landing: bytes | None = None  # the result of a large read(), which lands in it
     into = False  # a read whose result is the byte count: the data is where the caller wants it
     credit = False
+    frame = _MESSAGE
     remote_address = 0
     rkey = 0
     imm = 0
@@ -116,10 +120,38 @@ class Operation(SpinningFuture):
             self.pinned.release()
             self.pinned = None
 
+    def staged(self) -> None:
+        """An offer goes to the device now."""
+
     def fail(self, error: BaseException) -> None:
         """Ends the wait with ``error``; the memory is not touched."""
         if not self.done():
             self.set_exception(error)
+
+
+class Step(Operation):
+    """A part of something larger, which is told at once when it ends and is never awaited itself."""
+
+    def __init__(
+        self,
+        queue: SendQueue,
+        kind: str,
+        opcode: int,
+        nbytes: int,
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        super().__init__(queue, kind, opcode, nbytes)
+        self.ended = ended
+
+    def set_result(self, result: Any) -> None:
+        """The device has done it."""
+        super().set_result(result)
+        self.ended(None)
+
+    def set_exception(self, exception: type | BaseException) -> None:
+        """It failed, or the connection ended."""
+        super().set_exception(exception)
+        self.ended(self.exception())
 
 
 class SendSlot:
@@ -172,6 +204,7 @@ class SendQueue:
         control_lease: Lease | None,
         depth: int,
         control: int,
+        offers: int,
         max_message: int,
         governor: SpinGovernor | None,
         spins: bool,
@@ -196,10 +229,12 @@ class SendQueue:
         self._slots = [SendSlot(self)]
         self._free = self._slots[:]  # never empty while there are slots to be made: see _take_slot()
         self._control_lease = control_lease
-        self._control_slots = self._make_control_slots(control)
+        self._control_slots = self._make_control_slots(control + offers)
         self._control_free = self._control_slots[:]
         self.ledger: CreditLedger | None = None
         self._reserved = 0  # credits promised to operations that still wait for a slot
+        self.offers_free = 0  # how many more large messages may be offered to the peer now
+        self._answers: deque[bytes] = deque()  # to the peer's offers
         self._credit_queue: deque[Operation] = deque()
         self._slot_queue: deque[Operation] = deque()
         self.closed = False
@@ -256,14 +291,25 @@ class SendQueue:
         if operation.post is not None or operation.nbytes > self.max_message:
             return False
         if operation.credit:
-            ledger = self.ledger
-            if self._credit_queue or ledger is None or ledger.data_credits <= self._reserved:
+            if self._credit_queue or not self._may_go(operation):
                 return False
             if not self._make_room(operation):
                 return False
-            self._reserved += 1
+            self._reserve(operation)
             return True
         return self._make_room(operation)
+
+    def _may_go(self, operation: Operation) -> bool:
+        """True when the peer has room for the message."""
+        ledger = self.ledger
+        if ledger is None or ledger.data_credits <= self._reserved:
+            return False
+        return operation.frame != _OFFER or self.offers_free > 0
+
+    def _reserve(self, operation: Operation) -> None:
+        self._reserved += 1
+        if operation.frame == _OFFER:
+            self.offers_free -= 1
 
     def submit_many(self, operations: list[Operation]) -> None:
         """The same for several, with one doorbell for as many as fit."""
@@ -283,15 +329,16 @@ class SendQueue:
                 continue
             if waiting is self._slot_queue and operation.credit:
                 self._reserved -= 1
+                self.offers_free += operation.frame == _OFFER
         if not operation.in_flight:
             self._end(operation)
         self.pump()
 
     def _promote(self) -> None:
         """Moves operations that can have a credit on to the queue for slots."""
-        waiting, ledger = self._credit_queue, self.ledger
-        while waiting and ledger is not None and ledger.data_credits > self._reserved:
-            self._reserved += 1
+        waiting = self._credit_queue
+        while waiting and self._may_go(waiting[0]):
+            self._reserve(waiting[0])
             self._slot_queue.append(waiting.popleft())
 
     def staging_ready(self) -> None:
@@ -398,8 +445,15 @@ class SendQueue:
         ledger = self._use_credit()
         data = operation.data
         nbytes = operation.nbytes
-        HEADER.pack_into(view, 0, FrameKind.MESSAGE, 0, 0, nbytes, *ledger.stamp())
-        if nbytes:
+        if operation.frame == _OFFER:
+            operation.staged()
+        HEADER.pack_into(view, 0, operation.frame, 0, 0, nbytes, *ledger.stamp())
+        if data.__class__ is tuple:
+            at = HEADER_SIZE
+            for part in data:
+                view[at : at + part.nbytes] = part
+                at += part.nbytes
+        elif nbytes:
             view[HEADER_SIZE : HEADER_SIZE + nbytes] = data
         return HEADER_SIZE + nbytes
 
@@ -510,44 +564,58 @@ class SendQueue:
             if operation.into:
                 return operation.nbytes
             if operation.landing is not None:
-                return bytes(operation.landing)
+                return operation.landing
             return bytes(buffer.view[: operation.nbytes]) if buffer is not None else b""
         if opcode in _ATOMICS and buffer is not None:
             # The card has put the old value there in the order of this machine.
             return buffer.view[:8].cast("Q")[0]
         return None
 
-    # --- credit frames -------------------------------------------------------------------------------
+    # --- control frames ------------------------------------------------------------------------------
 
-    def send_credits(self) -> None:
-        """Sends credit frames as long as one is due and a reserved slot is free."""
+    def answer(self, payload: bytes) -> None:
+        """Sends DONE for an offer of the peer, which keeps a receive for it."""
+        self._answers.append(payload)
+        self.send_control()
+
+    def send_control(self) -> None:
+        """Sends answers, and credit frames as long as one is due, while a reserved slot is free."""
         ledger = self.ledger
-        while ledger is not None and not self.closed and self._control_free and ledger.update_due():
-            slot = self._control_free.pop()
-            ledger.send_control()
-            place = slot.place
-            HEADER.pack_into(place.view, 0, FrameKind.CREDIT, 0, 0, 0, *ledger.stamp())
-            slot.wr_id = self._reactor.add(slot)
-            self.posted += 1
-            self.credit_frames += 1
-            rc = self._qp.post_send(slot.wr_id, SEND, slot.flags, place.address, HEADER_SIZE, place.lkey)
-            if rc:
-                self._reactor.remove(slot.wr_id, slot)
-                self.posted -= 1
-                self._control_free.append(slot)
-                self._broken(
-                    DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
-                )
+        while ledger is not None and not self.closed and self._control_free:
+            if self._answers:
+                self._post_control(FrameKind.DONE, self._answers.popleft(), ledger)
+            elif ledger.update_due():
+                ledger.send_control()
+                self.credit_frames += 1
+                self._post_control(FrameKind.CREDIT, b"", ledger)
+            else:
                 return
 
+    def _post_control(self, kind: FrameKind, payload: bytes, ledger: CreditLedger) -> None:
+        slot = self._control_free.pop()
+        place = slot.place
+        nbytes = HEADER_SIZE + len(payload)
+        HEADER.pack_into(place.view, 0, kind, 0, 0, len(payload), *ledger.stamp())
+        place.view[HEADER_SIZE:nbytes] = payload
+        slot.wr_id = self._reactor.add(slot)
+        self.posted += 1
+        rc = self._qp.post_send(slot.wr_id, SEND, slot.flags, place.address, nbytes, place.lkey)
+        if rc:
+            self._reactor.remove(slot.wr_id, slot)
+            self.posted -= 1
+            self._control_free.append(slot)
+            self._broken(
+                DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
+            )
+
     def control_completed(self, slot: ControlSlot, status: int, vendor_err: int) -> None:
-        """A credit frame left (or failed)."""
+        """A control frame left (or failed)."""
         self.posted -= 1
         self._control_free.append(slot)
         if status:
-            self._failed(status, vendor_err, "credit update", None)
+            self._failed(status, vendor_err, "control frame", None)
         else:
-            self.send_credits()
+            self.send_control()
         if self.posted == 0 and self.on_idle is not None:
             self.on_idle()
 
@@ -560,6 +628,7 @@ class SendQueue:
         queued = [*self._credit_queue, *self._slot_queue]
         self._credit_queue.clear()
         self._slot_queue.clear()
+        self._answers.clear()
         self._reserved = 0
         for operation in queued:
             operation.fail(make_error(operation.kind))

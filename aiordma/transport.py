@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+from ._native._memory import new_bytes
 from .adapter import Route
+from .buffers import bytes_view
 from .config import Config
 from .cq_reactor import ReactorStatistics
 from .errors import (
@@ -30,17 +32,18 @@ from .errors import (
     DeviceError,
     DeviceGoneError,
     FlushedError,
-    MessageTooLargeError,
     MisuseError,
     RdmaError,
     WcStatus,
     WrongLoopError,
     completion_error,
 )
+from .large_messages import LargeReceives, LargeSend, LargeSends, Withdrawer
 from .mr_pool import Lease, PoolStatistics
 from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
-from .receive_queue import ReceiveQueue
+from .protocol.rendezvous import Taking
+from .receive_queue import MessageLease, ReceiveQueue
 from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
 from .send_queue import (
@@ -71,8 +74,8 @@ _U64 = 1 << 64
 State = Literal["preparing", "open", "closing", "closed"]
 
 
-class Session(Announcer, Protocol):
-    """The bootstrap's TCP connection, as the Connection sees it: liveness, sharing and closing."""
+class Session(Announcer, Withdrawer, Protocol):
+    """The bootstrap's TCP connection, as the Connection sees it: liveness, sharing, withdrawing and closing."""
 
     def send_close(self, error: RdmaError | None) -> None:
         """Says goodbye, and why; then closes."""
@@ -140,7 +143,8 @@ class Connection:
         config, adapter = self._config, self._adapter
         reactor, pool = adapter.reactor, adapter.pool
         stage = config.eager_size + HEADER_SIZE
-        sends, receives = config.send_depth + CONTROL_WINDOW, config.receive_credits + CONTROL_WINDOW
+        control = CONTROL_WINDOW + config.rendezvous_depth
+        sends, receives = config.send_depth + control, config.receive_credits + control
         recv_lease = control_lease = None
         staging = adapter.staging(stage)
         joined = False
@@ -163,7 +167,7 @@ class Connection:
                 max_inline=config.inline_size,
             )
             if self._qp.max_inline < CONTROL_FRAME:
-                control_lease = await pool.acquire(CONTROL_WINDOW * CONTROL_FRAME)
+                control_lease = await pool.acquire(control * CONTROL_FRAME)
         except BaseException:
             if hasattr(self, "_qp"):
                 self._qp.close()
@@ -197,6 +201,7 @@ class Connection:
             control_lease=control_lease,
             depth=config.send_depth,
             control=CONTROL_WINDOW,
+            offers=config.rendezvous_depth,
             max_message=min(self.route.choice.port.max_message or _MAX_PIECE, _MAX_PIECE),
             governor=reactor.governor if adaptive else None,
             spins=config.mode != "event",
@@ -210,12 +215,26 @@ class Connection:
             lease=recv_lease,
             window=config.receive_credits,
             control=CONTROL_WINDOW,
+            offers=config.rendezvous_depth,
             size=stage,
             sends=self._sends,
             spin=None if config.mode == "event" else lambda f: reactor.spin(f, self._cq, arrivals),
             governor=arrivals,
             failed=lambda status, vendor_err, kind: self._completion_failed(status, vendor_err, kind, None),
             broken=self._fail_with,
+        )
+        self._large_sends = LargeSends(
+            adapter=self._adapter,
+            queue=self._sends,
+            qp=self._qp,
+            broken=self._fail_with,
+            session=lambda: self.session,
+        )
+        self._large_receives = LargeReceives(
+            adapter=self._adapter,
+            queue=self._sends,
+            receives=self._receives,
+            max_message=config.max_message_size,
         )
         reactor.listen(self._qp.qp_num, self._on_async_event)
 
@@ -237,6 +256,10 @@ class Connection:
         self._sends.ledger = self._receives.ledger = ledger
         self._agreed = agreed
         self.eager_size = agreed.eager_size
+        self._sends.offers_free = agreed.rendezvous_depth
+        self._large_sends.open(agreed.eager_size, agreed.max_message_size)
+        self._large_receives.open(agreed.rendezvous_depth, agreed.initiator_depth)
+        self._receives.large = self
         path = Path(
             port=choice.port.port,
             lid=remote.lid,
@@ -276,18 +299,31 @@ class Connection:
 
     # --- messages ------------------------------------------------------------------------------------
 
-    def send(self, data: Any) -> Operation:
-        """Sends one message: any contiguous buffer object of up to :attr:`eager_size` bytes, empty included.
+    def send(self, data: Any) -> Operation | LargeSend:
+        """Sends one message: a contiguous buffer object of any size, empty included, or a list or tuple of them,
+        which travel one behind the other as one message, without being joined here first.
 
-        Awaiting returns None when the peer's device has the message. Waits in turn for a credit (the peer has
-        posted receives it has not used) and a slot. ``data`` must not change until then. Raises
-        :class:`MessageTooLargeError`, :class:`MisuseError` for an object that is no buffer. Cancelled before it
-        was posted: not sent; later: it arrives all the same.
+        Awaiting returns None when the message has arrived: up to :attr:`eager_size` bytes when the peer's device
+        has it; a larger one when the peer's user has taken it, for it is read from here, in place, when it is
+        taken. Waits in turn for a credit (the peer has posted receives it has not used) and a slot. ``data`` must
+        not change until then. Messages arrive in the order they were sent.
+
+        Raises :class:`MessageTooLargeError` for more than the peer takes (``Config.max_message_size``),
+        :class:`MisuseError` for an object that is no buffer, :class:`MemoryLimitError` when a large one cannot be
+        registered. Cancelled before it was posted: not sent; later: a small one arrives all the same, a large one
+        only if the peer has begun to read it.
         """
-        view = _bytes_view(data)
-        if view.nbytes > self.eager_size:
-            raise MessageTooLargeError(view.nbytes, self.eager_size)
-        operation = self._operation("send", SEND, view.nbytes)
+        parts = data if data.__class__ in (list, tuple) else None
+        if parts is None:
+            view: Any = bytes_view(data)
+            nbytes = view.nbytes
+        else:
+            view = tuple(part for part in map(bytes_view, parts) if part.nbytes)
+            nbytes = sum(part.nbytes for part in view)
+        if nbytes > self.eager_size:
+            self._check_open("send")
+            return self._large_sends.send(view if parts is not None else (view,), nbytes)
+        operation = self._operation("send", SEND, nbytes)
         operation.data = view
         operation.credit = True
         return self._sends.submit(operation)
@@ -299,30 +335,65 @@ class Connection:
         :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
         """
         await self._message_ready()
-        return self._receives.take()
+        message = self._receives.take()
+        if isinstance(message, Taking):
+            return await self._large_receives.receive(message)
+        return message
 
     async def recv_into(self, buffer: Any) -> int:
-        """As :meth:`recv`, into the start of a writable buffer; returns the length of the message in bytes.
+        """As :meth:`recv`, into the start of a writable buffer; returns the length of the message in bytes. A
+        large message lands there without a copy.
 
-        Raises :class:`MisuseError` when the message does not fit; it stays the next one to be received.
+        The buffer belongs to the device until then, for a moment also after a cancellation. Raises
+        :class:`MisuseError` when the message does not fit; it stays the next one to be received.
         """
-        view = _bytes_view(buffer, writable=True)
+        view = bytes_view(buffer, writable=True)
         await self._message_ready()
         length = self._receives.peek()
         if length > view.nbytes:
-            self._receives.messages._wake()
+            self._receives.messages.look_again()
             raise MisuseError(f"recv_into: the next message has {length} bytes, the buffer {view.nbytes}")
-        return self._receives.take_into(view)
+        taken = self._receives.take_into(view)
+        return await self._large_receives.receive_into(taken, view) if isinstance(taken, Taking) else taken
+
+    async def recv_lease(self) -> MessageLease:
+        """As :meth:`recv`, without a copy: the message in the registered memory it arrived in, lent until
+        ``release()`` or the end of a ``with`` block. ``memoryview(lease)`` is its contents.
+
+        A lease of a small message keeps its credit from the sender; one of a large message is memory of the pool,
+        which is waited for in turn (:class:`MemoryLimitError` when it can never hold it; the message stays next).
+        A lease outlives its connection.
+        """
+        await self._message_ready()
+        message = self._receives.take_lease()
+        if isinstance(message, MessageLease):
+            return message
+        if isinstance(message, bytes):
+            return MessageLease.of_copy(message)
+        lease = await self._large_receives.receive_lease(message)
+        return MessageLease(lease.address, lease.nbytes, lease, lease.release_nowait)
 
     async def _message_ready(self) -> None:
+        """Returns when the caller may take a message, and must before it awaits anything."""
         self._check_loop()
         inbox = self._receives.messages
-        if not inbox.ready:
+        while not inbox.ready:
             if self._error is not None:
                 raise self.lost_error("recv")
             await inbox.wait()
-            if not inbox.items:  # closed on this side between the wake-up and our turn
-                raise self.lost_error("recv")
+            if inbox.items:
+                return
+            # Closed on this side, or withdrawn by the peer, between the wake-up and our turn.
+
+    # --- what the receive queue says (receive_queue.LargeArrivals) -----------------------------------
+
+    def offered(self, payload: bytes) -> None:
+        """The peer offers a large message."""
+        self._large_receives.offered(payload)
+
+    def answered(self, payload: bytes) -> None:
+        """The peer answers an offer of ours."""
+        self._large_sends.answered(payload)
 
     def __aiter__(self) -> Self:
         """Messages until the connection is closed in order; a lost connection raises."""
@@ -364,7 +435,7 @@ class Connection:
         return self._sends.submit(self._write(data, remote, notify))
 
     def _write(self, data: Any, remote: RemoteRegion, notify: int | None) -> Operation:
-        view = _bytes_view(data)
+        view = bytes_view(data)
         nbytes = view.nbytes
         remote.check(self, nbytes, _RIGHT_WRITE, "write")
         if notify is not None and not 0 <= notify < 1 << 32:
@@ -390,8 +461,8 @@ class Connection:
         operation = self._operation("read", READ, nbytes)
         self._aim(operation, remote)
         if nbytes > self._sends.stage_size:
-            operation.landing = bytearray(nbytes)
-            operation.pinned = self._adapter.pool.pin(operation.landing, writable=True)
+            operation.landing = new_bytes(nbytes)  # nobody has seen it yet, so it may be written to
+            operation.pinned = self._adapter.pool.pin_new_bytes(operation.landing)
         return operation
 
     def read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
@@ -405,7 +476,7 @@ class Connection:
     def _read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
         nbytes = len(remote)
         remote.check(self, nbytes, _RIGHT_READ, "read_into")
-        view = _bytes_view(buffer, writable=True)
+        view = bytes_view(buffer, writable=True)
         if view.nbytes < nbytes:
             raise MisuseError(f"read_into: {nbytes} bytes do not fit a buffer of {view.nbytes}")
         operation = self._operation("read_into", READ, nbytes)
@@ -548,6 +619,10 @@ class Connection:
         """The peer took a region back."""
         self._grants.withdraw(name)
 
+    def peer_withdrew(self, transfer: int) -> None:
+        """The peer takes the offer of a large message back."""
+        self._large_receives.withdrawn(transfer)
+
     def peer_closed(self, message: str, *, in_order: bool) -> None:
         """The peer said goodbye."""
         if in_order:
@@ -670,6 +745,8 @@ class Connection:
         except DeviceError:
             pass  # a dead device refuses; the queue pair is destroyed all the same
         self._receives.stop(keep=keep)
+        self._large_receives.fail_all(self.lost_error)
+        self._large_sends.fail_all(self.lost_error)
         self._sends.fail_all(self.lost_error)
         self._receives.fail_all(self.lost_error)
         self._grants.fail_all(lambda: self.lost_error("remote"))
@@ -731,9 +808,11 @@ class Connection:
         # A window bound to a queue pair holds it (rxe), so windows go first; then nothing reaches the memory.
         steps += [
             self._shares.close_windows,
+            self._large_sends.close_windows,
             self._qp.close,
             self._shares.close,
             self._sends.close,
+            self._large_sends.close,
             self._receives.close,
             lambda: adapter.reactor.detach(config.mode, self._cq, self._entries),
             adapter.release,
@@ -886,26 +965,6 @@ class Batch:
         for operation, result in zip(operations, results, strict=True):
             if isinstance(result, BaseException) and not operation.cancelled():
                 raise result
-
-
-def _bytes_view(data: Any, *, writable: bool = False) -> memoryview:
-    """The buffer as a flat view of bytes. Raises :class:`MisuseError`."""
-    try:
-        view = memoryview(data)
-        if data.__class__ is bytes and not writable:
-            return view  # the most frequent kind, and never anything but flat and contiguous
-        if view.format != "B" or view.ndim != 1:
-            view = view.cast("B")
-    except (TypeError, ValueError, BufferError) as error:
-        raise MisuseError(
-            f"a contiguous buffer object (bytes, bytearray, memoryview, numpy array, lease, ...) is needed, "
-            f"not {type(data).__name__}: {error}"
-        ) from None
-    if not view.contiguous:
-        raise MisuseError("the buffer is not contiguous")
-    if writable and view.readonly:
-        raise MisuseError(f"a writable buffer is needed, not a read-only {type(data).__name__}")
-    return view
 
 
 def _word(name: str, value: int) -> int:

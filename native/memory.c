@@ -3,7 +3,9 @@
  * A Python class can export the buffer protocol only from 3.12 on (PEP 688), and a lease must know how many
  * views of it are alive: registered memory may not be handed out again while somebody can still write to it.
  * So the smallest possible type lives here: Memory(address, nbytes, owner), with `exports` counting the live
- * views and close() refusing new ones. It never frees anything; `owner` is held until the object dies. */
+ * views and close() refusing new ones. It never frees anything; `owner` is held until the object dies.
+ *
+ * And new_bytes(), for what arrives as bytes. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
@@ -192,6 +194,23 @@ static PyType_Spec memory_spec = {
     .slots = memory_slots,
 };
 
+/* A bytes object that the device fills before anybody else sees it: no copy of a large result, and no page is
+ * touched before its data comes. */
+static PyObject *new_bytes(PyObject *module, PyObject *arg)
+{
+    Py_ssize_t nbytes = PyLong_AsSsize_t(arg);
+
+    (void)module;
+    if (nbytes == -1 && PyErr_Occurred())
+        return NULL;
+    return PyBytes_FromStringAndSize(NULL, nbytes);
+}
+
+static PyMethodDef module_methods[] = {
+    {"new_bytes", new_bytes, METH_O, "A bytes object of this length whose contents are not set yet."},
+    {NULL, NULL, 0, NULL},
+};
+
 static int module_exec(PyObject *module)
 {
     PyObject *type = PyType_FromSpec(&memory_spec);
@@ -213,6 +232,7 @@ static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_memory",
     .m_doc = "A buffer object over memory that something else owns.",
+    .m_methods = module_methods,
     .m_slots = module_slots,
 };
 

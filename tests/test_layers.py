@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "aiordma"
 #: import each other, those of one package may.
 LAYERS = (
     ("errors", "_version"),
-    ("config",),
+    ("config", "buffers"),
     ("_native",),
     ("verbs", "protocol"),
     ("registrations",),
@@ -23,7 +23,7 @@ LAYERS = (
     ("adapter",),
     ("send_queue",),
     ("receive_queue",),
-    ("regions",),
+    ("regions", "large_messages"),
     ("transport",),
     ("connect",),
     ("rpc", "streams"),

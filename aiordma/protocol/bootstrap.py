@@ -59,6 +59,7 @@ from .bootstrap_models import (
     Share,
     Unshare,
     Welcome,
+    Withdraw,
     encode,
     frame,
     parse_object,
@@ -95,6 +96,7 @@ __all__ = [
     "State",
     "Unshare",
     "Welcomed",
+    "Withdraw",
     "check_compatible",
     "encode",
     "negotiate",
@@ -114,8 +116,8 @@ class Agreed:
     """The outcome of a handshake, seen from one side.
 
     ``initiator_depth`` and ``responder_depth`` go into ``max_rd_atomic`` and ``max_dest_rd_atomic``;
-    ``send_credits`` and ``control_credits`` are the receives the peer has posted for us. ``authenticated``
-    says that the peer has proved to know the token.
+    ``send_credits`` and ``control_credits`` are the receives the peer has posted for us, ``max_message_size`` the
+    largest message it takes. ``authenticated`` says that the peer has proved to know the token.
     """
 
     version: int
@@ -126,6 +128,8 @@ class Agreed:
     responder_depth: int
     send_credits: int
     control_credits: int
+    rendezvous_depth: int
+    max_message_size: int
     local: Endpoint
     remote: Endpoint
     software: str = ""
@@ -197,6 +201,8 @@ def negotiate(
         responder_depth=min(local.responder_depth, remote.initiator_depth),
         send_credits=remote.receive_credits,
         control_credits=remote.control_credits,
+        rendezvous_depth=min(local.rendezvous_depth, remote.rendezvous_depth),
+        max_message_size=remote.max_message_size,
         local=local,
         remote=remote,
         software=software,

@@ -267,8 +267,9 @@ class Endpoint(Model):
 
     ``initiator_depth`` and ``responder_depth`` are the RDMA READs and atomics it may have outstanding and is
     ready to serve (``max_rd_atomic`` and ``max_dest_rd_atomic`` of ibv_modify_qp(3)). ``receive_credits`` are
-    receives posted for data, ``control_credits`` those reserved for control frames on top. ``gid`` may be
-    given as IPv6 text and is kept as 32 hex digits.
+    receives posted for data, ``control_credits`` those reserved for control frames on top. ``rendezvous_depth``
+    offers of large messages may be under way to it, of up to ``max_message_size`` bytes. ``gid`` may be given as
+    IPv6 text and is kept as 32 hex digits.
     """
 
     transport: Literal["rc"] = "rc"
@@ -284,6 +285,8 @@ class Endpoint(Model):
     eager_size: Annotated[int, Field(ge=64, le=1 << 20)]
     receive_credits: Annotated[int, Field(ge=1, le=4096)]
     control_credits: Annotated[int, Field(ge=4, le=64)]
+    rendezvous_depth: Annotated[int, Field(ge=1, le=64)]
+    max_message_size: Annotated[int, Field(ge=64, le=1 << 40)]
     device: ShortText = ""
 
     @property
@@ -400,6 +403,13 @@ class Unshare(Model):
     name: Name
 
 
+class Withdraw(Model):
+    """The offer of a large message is taken back: protocol/rendezvous.py."""
+
+    type: Literal["withdraw"] = "withdraw"
+    transfer: Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
+
+
 class Close(Model):
     """Last frame of a session. ``status`` is a completion status by name when one was the reason."""
 
@@ -410,7 +420,7 @@ class Close(Model):
 
 
 HandshakeFrame = Greeting | Hello | AuthFrame | Welcome | Ready | Refused
-SessionMessage = Share | Unshare | Close
+SessionMessage = Share | Unshare | Withdraw | Close
 
 HANDSHAKE_MODELS: dict[str, type[HandshakeFrame]] = {
     "greeting": Greeting,
@@ -420,7 +430,12 @@ HANDSHAKE_MODELS: dict[str, type[HandshakeFrame]] = {
     "ready": Ready,
     "refused": Refused,
 }
-SESSION_MODELS: dict[str, type[SessionMessage]] = {"share": Share, "unshare": Unshare, "close": Close}
+SESSION_MODELS: dict[str, type[SessionMessage]] = {
+    "share": Share,
+    "unshare": Unshare,
+    "withdraw": Withdraw,
+    "close": Close,
+}
 
 M = TypeVar("M", bound=Model)
 

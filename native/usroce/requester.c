@@ -11,7 +11,7 @@
  * they cannot overrun our own socket.
  *
  * Time. `ack_timeout` and retry_cnt say when the peer is given up: (retry_cnt + 1) * ack_timeout after the last
- * progress. Packets are sent again much sooner, after a few measured round trips, and then less and less often: a
+ * progress, and retry_cnt retransmissions: our own process may have stood still for that long. Packets are sent again much sooner, after a few measured round trips, and then less and less often: a
  * lost packet should not cost a timeout that was configured for the death of a host.
  *
  * The window shrinks when packets are lost (to a few after a timeout, by half after a NAK) and grows with
@@ -221,11 +221,11 @@ static uint64_t retransmit_after(const struct qp *qp)
 
 static void set_timer(struct context *ctx, struct qp *qp, uint64_t now)
 {
-    uint64_t deadline = now + retransmit_after(qp);
+    uint64_t deadline = now + retransmit_after(qp), end = give_up_at(qp);
 
     if (!qp->ack_timeout || qp->base.qp_type != IBV_QPT_RC)
         return;
-    timer_set(ctx, qp, deadline < give_up_at(qp) ? deadline : give_up_at(qp));
+    timer_set(ctx, qp, now < end && end < deadline ? end : deadline);
 }
 
 /* --- transmission -------------------------------------------------------------------------------------------- */
@@ -858,7 +858,7 @@ void req_timer(struct context *ctx, struct qp *qp, uint64_t now)
     }
     if (req->una == req->sent_psn || qp->sq.tail == qp->sq.head)
         return;
-    if (now >= give_up_at(qp)) {
+    if (now >= give_up_at(qp) && req->backoff >= qp->attr.retry_cnt) {
         fail(ctx, qp, IBV_WC_RETRY_EXC_ERR);
         return;
     }

@@ -72,12 +72,12 @@ async def test_messages_of_every_size(pair: MakePair, nbytes: int) -> None:
     assert buffer[:nbytes] == data
 
 
-async def test_a_message_beyond_the_eager_size_is_refused_and_harms_nothing(pair: MakePair) -> None:
-    both = await pair(Config(eager_size=1000), Config(eager_size=500))
+async def test_a_message_beyond_what_the_peer_takes_is_refused_and_harms_nothing(pair: MakePair) -> None:
+    both = await pair(Config(eager_size=1000), Config(eager_size=500, max_message_size=10_000))
     assert both.client.eager_size == both.server.eager_size == 500
     with pytest.raises(MessageTooLargeError) as caught:
-        await both.client.send(bytes(501))
-    assert (caught.value.nbytes, caught.value.limit) == (501, 500)
+        await both.client.send(bytes(10_001))
+    assert (caught.value.nbytes, caught.value.limit) == (10_001, 10_000)
     await both.client.send(bytes(500))
     assert await both.server.recv() == bytes(500)
 
@@ -85,7 +85,7 @@ async def test_a_message_beyond_the_eager_size_is_refused_and_harms_nothing(pair
 async def test_order_of_messages_writes_and_notifications(pair: MakePair) -> None:
     both = await pair()
     _, remote = await both.region(8)
-    operations = []
+    operations: list[asyncio.Future[None]] = []
     for i in range(300):
         operations.append(both.client.write(i.to_bytes(8, "little"), remote, notify=i))
         operations.append(both.client.send(b"%d" % i))

@@ -49,6 +49,8 @@ def endpoint(**changes: Any) -> b.Endpoint:
         "eager_size": 8192,
         "receive_credits": 64,
         "control_credits": 4,
+        "rendezvous_depth": 8,
+        "max_message_size": 1 << 30,
         "device": "usroce0",
     }
     return b.Endpoint(**{**fields, **changes})
@@ -699,6 +701,8 @@ def test_required_fields() -> None:
         ("eager_size", [63, (1 << 20) + 1]),
         ("receive_credits", [0, 4097]),
         ("control_credits", [0, 3, 65]),
+        ("rendezvous_depth", [0, 65]),
+        ("max_message_size", [0, 63, (1 << 40) + 1]),
         ("gid", ["::", "ff02::1", "fe80::1%eth0", "192.0.2.1", "::ffff:224.0.0.1", "::ffff:255.255.255.255"]),
         ("gid_type", ["ib", "roce_v3"]),
         ("link_layer", ["infiniband", "iwarp", "token ring"]),

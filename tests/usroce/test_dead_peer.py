@@ -5,6 +5,8 @@ That is (retry_count + 1) * 4.096 us * 2**ack_timeout after its last sign of lif
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -79,6 +81,23 @@ def test_signs_of_life_count_anew(target: Target) -> None:
         target.process.go_on()
         end.complete(COUNT)
         assert end.read(8, 8, local=64) == round_trip.to_bytes(8, "little")
+
+
+def test_a_stall_of_our_own_is_not_held_against_the_peer(target: Target) -> None:
+    """Time alone does not say that a peer is dead: it must also have been asked as often as is configured."""
+    end = target.end
+    target.connect(timeout=14, retry_count=7)
+    target.begin("sleep")
+    end.write(b"alive", 100)
+    before = usroce.counters(end.context).timeouts
+    usroce.set_fault(end.context, Fault(drop=1.0))
+    end.post(WrOpcode.RDMA_WRITE, 8)
+    stall = f"kill -STOP {os.getpid()}; sleep {1.5 * configured(14, 7)}; kill -CONT {os.getpid()}"
+    with subprocess.Popen(["sh", "-c", stall]) as stalling:
+        (completion,) = end.completions(1, wait=end.slept)
+        assert stalling.wait() == 0
+    assert completion.status == WcStatus.RETRY_EXC_ERR
+    assert usroce.counters(end.context).timeouts - before >= 7
 
 
 async def test_a_connection_to_a_stopped_process(processes: Processes, address: str) -> None:
