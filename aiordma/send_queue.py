@@ -21,13 +21,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from .cq_reactor import CqReactor, SpinGovernor
 from .errors import DeviceError, errno_text
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
-from .protocol.frames import HEADER, HEADER_SIZE, FrameKind
+from .protocol.frames import HEADER, HEADER_SIZE, RETURN, FrameKind
 from .protocol.rendezvous import DONE_SIZE
 from .registrations import Pinned, PinnedPart
 from .staging import SCRATCH_PLACES, Place, Scratch, StagingBuffer, StagingPool
@@ -165,13 +165,25 @@ class SendSlot:
         self.operation: Operation | None = None
         self.wr_id = 0
 
-    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
         """The device is done with the work request posted from here."""
         operation = self.operation
         self.operation = None
         queue = self.queue
         if operation is not None:
             queue.completed(self, operation, status, vendor_err)
+
+
+class OfferRoom(Protocol):
+    """A shared receive queue, which keeps a receive for the answer to each offer."""
+
+    def more_offers(self) -> bool:
+        """Keeps one more, if it can."""
+
+    def fewer_offers(self) -> None:
+        """Keeps one less."""
 
 
 class ControlSlot(SendSlot):
@@ -184,7 +196,9 @@ class ControlSlot(SendSlot):
         self.place = place
         self.flags = flags
 
-    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
         """The frame left, or failed."""
         self.queue.control_completed(self, status, vendor_err)
 
@@ -234,6 +248,9 @@ class SendQueue:
         self.ledger: CreditLedger | None = None
         self._reserved = 0  # credits promised to operations that still wait for a slot
         self.offers_free = 0  # how many more large messages may be offered to the peer now
+        self.offers_more = 0  # ... if a shared receive queue has room for their answers
+        self.room: OfferRoom | None = None  # that queue
+        self._recalled = 0  # data credits the peer would like to have back
         self._answers: deque[bytes] = deque()  # to the peer's offers
         self._credit_queue: deque[Operation] = deque()
         self._slot_queue: deque[Operation] = deque()
@@ -304,7 +321,23 @@ class SendQueue:
         ledger = self.ledger
         if ledger is None or ledger.data_credits <= self._reserved:
             return False
-        return operation.frame != _OFFER or self.offers_free > 0
+        return operation.frame != _OFFER or self.offers_free > 0 or self._more_offers()
+
+    def _more_offers(self) -> bool:
+        if not self.offers_more or self.room is None or not self.room.more_offers():
+            return False
+        self.offers_more -= 1
+        self.offers_free += 1
+        return True
+
+    def offer_ended(self) -> None:
+        """The peer has answered an offer: another may be made, or the room for it is given back."""
+        self.offers_free += 1
+        self.pump()
+        while self.offers_free > 1 and self.room is not None:
+            self.offers_free -= 1
+            self.offers_more += 1
+            self.room.fewer_offers()
 
     def _reserve(self, operation: Operation) -> None:
         self._reserved += 1
@@ -348,6 +381,8 @@ class SendQueue:
     def pump(self) -> None:
         """Posts what the windows allow, in order, with one call for all of it."""
         self._promote()
+        if self._recalled:
+            self._give_back()
         if not self._slot_queue or not self._free or self.closed or self.refused is not None:
             return
         batch: list[PackedFields] = []
@@ -589,7 +624,23 @@ class SendQueue:
                 self.credit_frames += 1
                 self._post_control(FrameKind.CREDIT, b"", ledger)
             else:
-                return
+                break
+        if self._recalled:
+            self._give_back()
+
+    def recalled(self, count: int) -> None:
+        """The peer asks for up to ``count`` data credits that are not used; it gets an answer as soon as there is
+        a credit for that."""
+        self._recalled = count
+        self._give_back()
+
+    def _give_back(self) -> None:
+        ledger = self.ledger
+        if ledger is None or self.closed or not self._control_free or ledger.data_credits <= self._reserved:
+            return
+        count = ledger.give_back(self._recalled, self._reserved)
+        self._recalled = 0
+        self._post_control(FrameKind.RETURN, RETURN.pack(count), ledger)
 
     def _post_control(self, kind: FrameKind, payload: bytes, ledger: CreditLedger) -> None:
         slot = self._control_free.pop()

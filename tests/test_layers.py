@@ -19,7 +19,7 @@ LAYERS = (
     ("verbs", "protocol"),
     ("registrations",),
     ("cq_reactor", "mr_pool"),
-    ("staging",),
+    ("staging", "shared_receives"),
     ("adapter",),
     ("send_queue",),
     ("receive_queue",),

@@ -39,8 +39,8 @@ _LOOK_AT = 8
 class Share:
     """What one peer has of the pool.
 
-    ``mark`` is the count of messages taken (``data_released``) at which :meth:`SharedCredits.used` is due. The owner
-    sets ``ledger`` as soon as there is one; its window is the share's then.
+    ``mark`` is the count of messages taken (``data_released``) at which :meth:`SharedCredits.used` is due. The
+    owner sets ``ledger`` as soon as there is one; its window is the share's then.
     """
 
     __slots__ = ("control", "ledger", "mark", "marked_at", "maximum", "minimum", "offers")

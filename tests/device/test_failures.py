@@ -61,7 +61,8 @@ async def in_flight(
     ``cut`` is called when nothing is under way yet.
     """
     remote = await connection.remote(name)
-    window = [connection.send(b"fills the peer's window") for _ in range(64)]
+    credits = connection.statistics().send_credits
+    window = [connection.send(b"fills the peer's window") for _ in range(credits)]
     await asyncio.gather(*window)
     data = bytes(1 << 20)
     cut()
