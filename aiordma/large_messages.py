@@ -162,7 +162,8 @@ class LargeSends:
         for exposure in send.exposures:
             if exposure.window is not None:
                 self._bind(send, exposure, exposure.window)
-        self._offer(send, encode_offer(send.transfer, segments))
+        if not send.done():  # a window that cannot be bound has ended it
+            self._offer(send, encode_offer(send.transfer, segments))
         return send
 
     def _segment(self, send: LargeSend, part: memoryview, inline: bool) -> Segment:

@@ -45,7 +45,7 @@ from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
 from .protocol.rendezvous import Taking
 from .protocol.shared_credit import Share
-from .receive_queue import MessageLease, OwnRing, ReceiveQueue
+from .receive_queue import Inbox, MessageLease, OwnRing, ReceiveQueue
 from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
 from .send_queue import (
@@ -86,6 +86,9 @@ class Session(Announcer, Withdrawer, Protocol):
 
     def send_close(self, error: RdmaError | None) -> None:
         """Says goodbye, and why; then closes."""
+
+    def get_extra_info(self, name: str) -> Any:
+        """``peername``, ``sockname``, ``socket`` and so on, as asyncio's transports have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,8 +394,7 @@ class Connection:
         After the peer has closed in order, what had arrived is still delivered; then
         :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
         """
-        await self._message_ready()
-        message = self._receives.take()
+        message = self._receives.take(await self._message_ready())
         if isinstance(message, Taking):
             return await self._large_receives.receive(message)
         return message
@@ -405,12 +407,12 @@ class Connection:
         :class:`MisuseError` when the message does not fit; it stays the next one to be received.
         """
         view = bytes_view(buffer, writable=True)
-        await self._message_ready()
-        length = self._receives.peek()
+        place = await self._message_ready()
+        length = self._receives.peek(place)
         if length > view.nbytes:
             self._receives.messages.look_again()
             raise MisuseError(f"recv_into: the next message has {length} bytes, the buffer {view.nbytes}")
-        taken = self._receives.take_into(view)
+        taken = self._receives.take_into(place, view)
         return await self._large_receives.receive_into(taken, view) if isinstance(taken, Taking) else taken
 
     async def recv_lease(self) -> MessageLease:
@@ -421,8 +423,7 @@ class Connection:
         which is waited for in turn (:class:`MemoryLimitError` when it can never hold it; the message stays next).
         A lease outlives its connection.
         """
-        await self._message_ready()
-        message = self._receives.take_lease()
+        message = self._receives.take_lease(await self._message_ready())
         if isinstance(message, MessageLease):
             return message
         if isinstance(message, bytes):
@@ -430,17 +431,20 @@ class Connection:
         lease = await self._large_receives.receive_lease(message)
         return MessageLease(lease.address, lease.nbytes, lease, lease.release_nowait)
 
-    async def _message_ready(self) -> None:
-        """Returns when the caller may take a message, and must before it awaits anything."""
+    async def _message_ready(self) -> int:
+        """Returns the place of a message that the caller may take, and must before it awaits anything."""
+        return await self._turn(self._receives.messages, "recv")
+
+    async def _turn(self, inbox: Inbox[Any], kind: str) -> int:
         self._check_loop()
-        inbox = self._receives.messages
-        while not inbox.ready:
+        while (place := inbox.place) is None:
             if self._error is not None:
-                raise self.lost_error("recv")
-            await inbox.wait()
-            if inbox.items:
-                return
+                raise self.lost_error(kind)
+            place = await inbox.wait()
+            if place < len(inbox.items):
+                break
             # Closed on this side, or withdrawn by the peer, between the wake-up and our turn.
+        return place
 
     # --- what the receive queue says (receive_queue.LargeArrivals) -----------------------------------
 
@@ -467,15 +471,7 @@ class Connection:
 
         The data it announces is in place. Errors and cancellation as :meth:`recv`.
         """
-        self._check_loop()
-        inbox = self._receives.notifications
-        if not inbox.ready:
-            if self._error is not None:
-                raise self.lost_error("notified")
-            await inbox.wait()
-            if not inbox.items:
-                raise self.lost_error("notified")
-        return self._receives.take_notification()
+        return self._receives.take_notification(await self._turn(self._receives.notifications, "notified"))
 
     # --- one-sided operations ------------------------------------------------------------------------
 
@@ -918,6 +914,16 @@ class Connection:
     def peer(self) -> str:
         """The peer's bootstrap address, ``host:port``."""
         return self._peer
+
+    @property
+    def unread(self) -> bool:
+        """True when messages have arrived, other than empty ones, that were not received yet."""
+        return self._receives.unread
+
+    def get_extra_info(self, name: str) -> Any:
+        """What asyncio knows of the bootstrap's TCP connection: ``peername``, ``sockname``, ``socket``,
+        ``ssl_object`` and more, as :meth:`asyncio.BaseTransport.get_extra_info`; None for what it does not."""
+        return self._session.get_extra_info(name) if self._session is not None else None
 
     def statistics(self) -> ConnectionStatistics:
         """A snapshot of windows, queues, reactor and pool."""

@@ -25,7 +25,7 @@ LAYERS = (
     ("receive_queue",),
     ("regions", "large_messages"),
     ("transport",),
-    ("connect",),
+    ("connect", "stream_transport"),
     ("rpc", "streams"),
     ("diagnostics", "testing"),
     ("pytest_plugin",),

@@ -399,8 +399,9 @@ class _Handshake:
     """What both roles share: framing, the step table, the transcript, refusals.
 
     ``nonce``: 32 fresh random bytes. ``token``: the secret that both sides know. ``features``: what this side
-    can do beyond the version. ``software``: free text for the peer's log. ``peer``: the other side's address,
-    for exceptions. Raises MisuseError for arguments that no frame can carry.
+    can do beyond the version. ``requires``: those (offered as well) without which a peer is of no use.
+    ``software``: free text for the peer's log. ``peer``: the other side's address, for exceptions. Raises
+    MisuseError for arguments that no frame can carry.
     """
 
     _ROLE_STEPS: ClassVar[Mapping[Auth, _Steps]]
@@ -412,6 +413,7 @@ class _Handshake:
         nonce: bytes,
         token: str | bytes | None = None,
         features: Iterable[str] = (),
+        requires: Iterable[str] = (),
         software: str = "",
         versions: Iterable[int] = PROTOCOL_VERSIONS,
         peer: str | None = None,
@@ -421,7 +423,8 @@ class _Handshake:
         self._steps = self._ROLE_STEPS[self._auth]
         self._state = self._START
         self._nonce = _nonce_hex(nonce)
-        own = OwnSide.of(versions, features)
+        self._required = frozenset(requires)
+        own = OwnSide.of(versions, {*features, *self._required})
         self._versions = own.versions
         self._features = own.features
         self._software = printable(software, 64)
@@ -536,6 +539,11 @@ class _Handshake:
         if not hmac.compare_digest(self._transcript.mac(self._key, label), proof.mac):
             raise AuthenticationError(message)
 
+    def _check_features(self, offered: Iterable[str], who: str) -> None:
+        missing = sorted(self._required.difference(offered))
+        if missing:
+            raise IncompatibleError(f"this side speaks {', '.join(missing)}, and the {who} does not")
+
     def _check_echo(self, echo: str, what: str) -> None:
         if not hmac.compare_digest(echo, self._nonce):
             raise AuthenticationError(f"the {what}: it was replayed or altered on its way")
@@ -611,6 +619,7 @@ class ClientHandshake(_Handshake):
             )
         if not set(welcome.features) <= set(self._features):
             raise MalformedHandshakeError("welcome frame: features: one that was not offered")
+        self._check_features(welcome.features, "server")
         assert self._local is not None
         self._agreed = negotiate(
             self._local,
@@ -683,12 +692,16 @@ class ServerHandshake(_Handshake):
                 f"{_listed(hello.versions)} at the client"
             )
         self._hello = hello
-        return HelloReceived(hello) if self._key is None else None
+        return self._believed(hello) if self._key is None else None
 
     def _on_auth(self, proof: AuthFrame) -> Event:
         self._check_proof(proof, CLIENT_LABEL, "the token is wrong, or a frame was altered on its way")
         assert self._hello is not None
-        return HelloReceived(self._hello)
+        return self._believed(self._hello)
+
+    def _believed(self, hello: Hello) -> Event:
+        self._check_features(hello.features, "client")
+        return HelloReceived(hello)
 
     def _on_ready(self, ready: Ready) -> Event:
         return Established(self.agreed)

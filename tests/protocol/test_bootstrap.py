@@ -402,6 +402,38 @@ def test_unoffered_version_or_feature_in_welcome() -> None:
         waiting_client().receive_data(packed({**welcome, "features": ["streams"]}))
 
 
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_server_refuses_a_client_without_what_it_requires(token: str | None) -> None:
+    pair = Pair(token)
+    pair.server = server(token=token, requires=["stream"])
+    with pytest.raises(IncompatibleError, match="speaks stream, and the client does not") as caught:
+        pair.pass_to(pair.server, pair.up_to_hello())
+    with pytest.raises(IncompatibleError, match="speaks stream"):
+        pair.client.receive_data(pair.server.refuse_error(caught.value))
+
+
+def test_a_stranger_is_not_told_what_a_server_requires() -> None:
+    pair = Pair(TOKEN)
+    pair.server = server(token="another token", requires=["stream"])
+    with pytest.raises(AuthenticationError):
+        pair.pass_to(pair.server, pair.up_to_hello())
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_client_refuses_a_server_without_what_it_requires(token: str | None) -> None:
+    pair = Pair(token)
+    pair.client = client(token=token, requires=["stream"])
+    with pytest.raises(IncompatibleError, match="speaks stream, and the server does not"):
+        pair.pass_to(pair.client, pair.up_to_welcome())
+
+
+def test_what_is_required_is_offered() -> None:
+    pair = Pair()
+    pair.client, pair.server = client(requires=["stream"]), server(requires=["stream"])
+    ours, theirs = pair.run()
+    assert ours.features == theirs.features == {"rpc", "stream"}
+
+
 def test_unknown_fields_are_ignored() -> None:
     hello = good_hello()
     hello["future"] = {"deep": [1, {"x": None}], "real": 1.5}
