@@ -212,6 +212,14 @@ int glue_post_recv_many(struct ibv_qp *qp, const struct glue_recv_wr *wrs, int n
     return post_recv(qp, NULL, wrs, num, posted);
 }
 
+int glue_post_srq_recv(struct ibv_srq *srq, uint64_t wr_id, uint64_t addr, uint32_t length, uint32_t lkey)
+{
+    struct glue_recv_wr wr = {.wr_id = wr_id, .addr = addr, .length = length, .lkey = lkey};
+    int posted;
+
+    return post_recv(NULL, srq, &wr, 1, &posted);
+}
+
 int glue_post_srq_recv_many(struct ibv_srq *srq, const struct glue_recv_wr *wrs, int num, int *posted)
 {
     return post_recv(NULL, srq, wrs, num, posted);
