@@ -49,6 +49,7 @@ from .protocol.bootstrap import (
     Established,
     Greeted,
     HelloReceived,
+    Recall,
     ServerHandshake,
     SessionDecoder,
     SessionMessage,
@@ -70,6 +71,8 @@ Handler = Callable[[Connection], Awaitable[object]]
 #: Bytes of announcements the peer has not read, at which it counts as stuck.
 _SESSION_BACKLOG = 1 << 20
 _LISTEN_BACKLOG = 1024
+#: Config.shared_receives of a server that leaves it open.
+_SHARED_RECEIVES = 1024
 
 
 class _Channel(asyncio.Protocol):
@@ -176,6 +179,8 @@ class _Channel(asyncio.Protocol):
                 connection.peer_unshared(message.name)
             case Withdraw():
                 connection.peer_withdrew(message.transfer)
+            case Recall():
+                connection.peer_recalled(message.count)
             case Close():
                 connection.peer_closed(message.message, in_order=message.code == "normal")
 
@@ -192,6 +197,10 @@ class _Channel(asyncio.Protocol):
     def send_withdraw(self, transfer: int) -> None:
         """transport.Session: takes the offer of a large message back."""
         self.write(encode(Withdraw.make(transfer=transfer)))
+
+    def send_recall(self, count: int) -> None:
+        """transport.Session: asks for data credits back."""
+        self.write(encode(Recall.make(count=count)))
 
     def send_close(self, error: RdmaError | None) -> None:
         """transport.Session: says goodbye and closes."""
@@ -223,7 +232,8 @@ class _Channel(asyncio.Protocol):
             initiator_depth=min(config.read_depth, attributes.max_read_depth_initiator, 255),
             responder_depth=min(config.read_depth, attributes.max_read_depth, 255),
             eager_size=config.eager_size,
-            receive_credits=config.receive_credits,
+            receive_credits=connection.receive_credits,
+            receive_credits_max=config.receive_credits,
             control_credits=CONTROL_WINDOW,
             rendezvous_depth=config.rendezvous_depth,
             max_message_size=config.max_message_size,
@@ -502,7 +512,7 @@ class _ServerChannel(_Channel):
         try:
             self.server._check_room()
             route = open_route(self.server.device, self.local, self.remote, self.config)
-            connection = Connection(route, self.config, self.peer)
+            connection = Connection(route, self.config, self.peer, shared_receives=_SHARED_RECEIVES)
             try:
                 check_compatible(
                     remote,

@@ -213,9 +213,8 @@ class LargeSends:
         if answer is Answer.WITHDRAWN and send.state is not SendState.WITHDRAWN:
             raise ProtocolError(f"the peer says that offer {transfer} was withdrawn, which it was not")
         send.state = next_send_state(send.state, SendEvent.ANSWERED)
-        self.queue.offers_free += 1
         self._revoke(send)
-        self.queue.pump()
+        self.queue.offer_ended()
 
     def abandoned(self, send: LargeSend) -> None:
         """Nobody waits for it any more, or a step of it failed."""

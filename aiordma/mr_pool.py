@@ -231,6 +231,11 @@ class MemoryPool:
         self._cache = RegistrationCache(pd, config.registration_cache)
         self._closed = False
 
+    @property
+    def limit(self) -> int:
+        """The most bytes it registers."""
+        return self._limit
+
     # --- leases --------------------------------------------------------------------------------------
 
     def acquire_nowait(self, nbytes: int) -> Lease:
@@ -284,14 +289,20 @@ class MemoryPool:
 
     def _slab_for(self, chunk: int) -> Slab:
         """A slab with nothing leased, cut into ``chunk``: an idle one of another class, or a new one."""
-        slab = next((s for s in self._slabs if s.idle and s.nbytes == self._slab_size), None)
+        slab = next((s for s in self._slabs if s.idle and s.nbytes >= chunk), None)
         if slab is None:
-            slab = self._new_slab(self._slab_size)
+            slab = self._new_slab(self._affordable(chunk))
         elif slab in self._partial.get(slab.chunk, ()):
             self._partial[slab.chunk].remove(slab)
         slab.cut(chunk)
         self._partial.setdefault(chunk, []).append(slab)
         return slab
+
+    def _affordable(self, chunk: int) -> int:
+        """The size of the next slab: a smaller one as the last that fits under the limit."""
+        idle = sum(slab.nbytes for slab in self._slabs if slab.idle)
+        room = (self._limit - self._registered + idle) // PAGE * PAGE
+        return max(_pages(chunk), min(self._slab_size, room))
 
     def _dedicated(self, nbytes: int) -> Lease:
         slab = self._new_slab(_pages(nbytes))

@@ -19,6 +19,7 @@ LAYERS = (
     ("verbs", "protocol"),
     ("registrations",),
     ("cq_reactor", "mr_pool"),
+    ("staging", "shared_receives"),
     ("adapter",),
     ("send_queue",),
     ("receive_queue",),

@@ -53,6 +53,7 @@ from .bootstrap_models import (
     LinkLayer,
     OwnSide,
     Ready,
+    Recall,
     RefusalCode,
     Refused,
     SessionMessage,
@@ -88,6 +89,7 @@ __all__ = [
     "Hello",
     "HelloReceived",
     "LinkLayer",
+    "Recall",
     "RefusalCode",
     "ServerHandshake",
     "SessionDecoder",
@@ -116,7 +118,8 @@ class Agreed:
     """The outcome of a handshake, seen from one side.
 
     ``initiator_depth`` and ``responder_depth`` go into ``max_rd_atomic`` and ``max_dest_rd_atomic``;
-    ``send_credits`` and ``control_credits`` are the receives the peer has posted for us, ``max_message_size`` the
+    ``send_credits`` and ``control_credits`` are the receives the peer has posted for us at first,
+    ``send_credits_max`` what it may give us later, ``max_message_size`` the
     largest message it takes. ``authenticated`` says that the peer has proved to know the token.
     """
 
@@ -127,6 +130,7 @@ class Agreed:
     initiator_depth: int
     responder_depth: int
     send_credits: int
+    send_credits_max: int
     control_credits: int
     rendezvous_depth: int
     max_message_size: int
@@ -200,6 +204,7 @@ def negotiate(
         initiator_depth=min(local.initiator_depth, remote.responder_depth),
         responder_depth=min(local.responder_depth, remote.initiator_depth),
         send_credits=remote.receive_credits,
+        send_credits_max=remote.receive_credits_max,
         control_credits=remote.control_credits,
         rendezvous_depth=min(local.rendezvous_depth, remote.rendezvous_depth),
         max_message_size=remote.max_message_size,

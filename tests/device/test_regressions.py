@@ -83,7 +83,7 @@ async def test_a_waiter_that_gave_up_does_not_block_those_behind(pair: MakePair)
 
 async def test_memory_comes_back_with_the_last_view(pair: MakePair) -> None:
     """A lease released under a live view: nobody woke those who waited when the view went."""
-    both = await pair(Config(pool_limit=8 * MIB))
+    both = await pair(Config(pool_limit=10 * MIB))
     held = await both.client.allocate(3 * MIB)
     view = memoryview(held)
     await held.release()
@@ -209,7 +209,7 @@ async def test_no_room_in_the_completion_queues_gives_everything_back(
 
 
 async def test_a_pool_too_small_for_a_connection_says_so() -> None:
-    config = Config(pool_limit=MIB, slab_size=MIB, send_depth=4096, eager_size=4096)
+    config = Config(pool_limit=MIB, slab_size=MIB // 4, receive_credits=4096)
     async with aiordma.serve(_echo, "127.0.0.1", 0, config=config) as server:
         with pytest.raises((MemoryLimitError, aiordma.errors.BootstrapError)):
             await aiordma.connect("127.0.0.1", server.port, config=config)
@@ -255,3 +255,12 @@ async def test_a_window_that_cannot_be_bound_fails_its_message_only(
 
 def refuse_to_bind(*_: Any) -> None:
     raise DeviceError("the device refuses to bind")
+
+
+async def test_a_window_is_bound_again_and_again(pair: MakePair) -> None:
+    """The library's structure kept the window's first key, so rxe refused every binding but the first."""
+    client, server = await pair()
+    for i in range(5):
+        send = client.send(bytes([i]) * 100_000)
+        assert await server.recv() == bytes([i]) * 100_000
+        await send

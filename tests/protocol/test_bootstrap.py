@@ -48,6 +48,7 @@ def endpoint(**changes: Any) -> b.Endpoint:
         "responder_depth": 16,
         "eager_size": 8192,
         "receive_credits": 64,
+        "receive_credits_max": 64,
         "control_credits": 4,
         "rendezvous_depth": 8,
         "max_message_size": 1 << 30,
@@ -465,12 +466,17 @@ def test_nonce_length() -> None:
 def test_negotiate_takes_what_both_can() -> None:
     local = endpoint(initiator_depth=4, responder_depth=100, eager_size=64, mtu=256, control_credits=9)
     remote = endpoint(
-        initiator_depth=7, responder_depth=2, eager_size=4096, receive_credits=5, control_credits=6
+        initiator_depth=7,
+        responder_depth=2,
+        eager_size=4096,
+        receive_credits=5,
+        receive_credits_max=7,
+        control_credits=6,
     )
     agreed = b.negotiate(local, remote, version=1, features=["rpc"])
     assert (agreed.initiator_depth, agreed.responder_depth) == (2, 7)
     assert (agreed.mtu, agreed.eager_size) == (256, 64)
-    assert (agreed.send_credits, agreed.control_credits) == (5, 6)
+    assert (agreed.send_credits, agreed.send_credits_max, agreed.control_credits) == (5, 7, 6)
 
 
 INFINIBAND: Obj = {"link_layer": "infiniband", "gid_type": "ib", "lid": 3, "gid": "fe80::1"}
@@ -732,6 +738,7 @@ def test_required_fields() -> None:
         ("initiator_depth", [-1, 256]),
         ("eager_size", [63, (1 << 20) + 1]),
         ("receive_credits", [0, 4097]),
+        ("receive_credits_max", [0, 63, 4097]),
         ("control_credits", [0, 3, 65]),
         ("rendezvous_depth", [0, 65]),
         ("max_message_size", [0, 63, (1 << 40) + 1]),
