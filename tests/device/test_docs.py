@@ -109,11 +109,21 @@ def run(path: Path, block: Block) -> None:
         assert alike, f"{place} prints\n{done.stdout}"
 
 
+def heed_interrupts() -> None:
+    """A test run in the background of a shell ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running(path: Path, block: Block) -> Iterator[None]:
     """A program that goes on until it is interrupted."""
     argv = [sys.executable, "-u", *command(path)[1:]]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "preexec_fn": heed_interrupts,
+    }
     with subprocess.Popen(argv, cwd=path.parent, env=environment(path.parent), **options) as process:  # type: ignore[call-overload]
         try:
             assert process.stdout.readline(), process.stderr.read()
