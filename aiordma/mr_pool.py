@@ -143,8 +143,10 @@ class Lease(Memory):
 
     def _last_view_gone(self) -> None:
         """Called by the buffer type, in whatever thread, when no view of a released lease is left."""
-        pool = self._pool
-        if not pool._closed and pool._waiters:
+        # None when the garbage collector has cleared the lease before its view. The pool is closed then, for an
+        # open one holds the lease.
+        pool: MemoryPool | None = getattr(self, "_pool", None)
+        if pool is not None and not pool._closed and pool._waiters:
             try:
                 pool._loop.call_soon_threadsafe(pool.serve_waiters)
             except RuntimeError:

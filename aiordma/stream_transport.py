@@ -76,7 +76,7 @@ class RdmaTransport(transports._FlowControlMixin):
     handed to the device yet. ``bytes`` (and views of them) are sent from where they are, other buffers are copied
     by :meth:`write`.
 
-    :meth:`get_extra_info` knows ``peername`` and ``sockname`` (of the bootstrap's TCP connection), ``socket``
+    ``get_extra_info`` knows ``peername`` and ``sockname`` (of the bootstrap's TCP connection), ``socket``
     (that connection's own: keepalive options act on how soon a dead peer is noticed, others have no effect on the
     stream), ``rdma_connection`` (the :class:`~aiordma.Connection`; its statistics are of interest, its messages
     are the transport's) and ``qp_num``.

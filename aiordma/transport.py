@@ -153,6 +153,7 @@ class Connection:
         self._agreed: Agreed | None = None
         self.psn = secrets.randbits(24)
         self.eager_size = config.eager_size
+        """Bytes: messages up to this go through buffers, larger ones are read in place; agreed with the peer."""
         shared = config.shared_receives if config.shared_receives is not None else shared_receives
         self._share_limit = shared if route.adapter.can_share_receives else 0
         self._shared: SharedReceives | None = None

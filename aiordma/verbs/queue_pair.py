@@ -325,7 +325,7 @@ class QueuePair(Owner):
             self._handle, wr_id, window._handle, new_rkey, region._handle, address, length, int(access)
         )
         check(rc, "ibv_post_send(BIND_MW)")
-        window.rkey = new_rkey
+        window.rebound(new_rkey)
         return new_rkey
 
     def post_invalidate(self, wr_id: int, rkey: int) -> None:

@@ -28,6 +28,11 @@ class Watcher:
 
     def __init__(self) -> None:
         self._waiters: list[asyncio.Future[None]] = []
+        self.calls: list[Any] = []
+
+    @property
+    def is_lost(self) -> bool:
+        return bool(self.calls) and isinstance(self.calls[-1], tuple)
 
     def changed(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -37,6 +42,7 @@ class Watcher:
 
     async def until(self, condition: Callable[[], object]) -> None:
         while not condition():
+            assert not self.is_lost, f"lost before it was so: {self.calls}"
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
@@ -48,7 +54,6 @@ class Recorder(Watcher, asyncio.Protocol):
     def __init__(self, *, keep_open: bool = False) -> None:
         super().__init__()
         self.keep_open = keep_open
-        self.calls: list[Any] = []
         self.data = bytearray()
         self.writable = True
         self.sizes_when_paused: list[int] = []
@@ -88,10 +93,6 @@ class Recorder(Watcher, asyncio.Protocol):
         self.changed()
 
     # --- what tests ask -------------------------------------------------------------------------------
-
-    @property
-    def is_lost(self) -> bool:
-        return isinstance(self.calls[-1], tuple)
 
     async def lost(self) -> Exception | None:
         """Waits for the end; what connection_lost() was given. It is the last callback, and there is only one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 from typing import Any
 
 import pytest
@@ -48,6 +49,25 @@ async def test_a_lease_outlives_the_device(pair: MakePair) -> None:
         assert view[-1] == 1
         view.release()
         await lease.release()
+
+
+async def test_a_lease_and_its_view_are_collected_in_any_order(pair: MakePair) -> None:
+    """The garbage collector had cleared the lease when its view went and told it: an unraisable AttributeError."""
+    both = await pair()
+    gc.disable()  # a collection in between might change the order
+    lease = await both.client.allocate(100)
+    view = memoryview(lease)
+    for connection in (both.client, both.server):
+        connection.close()
+        await connection.wait_closed()
+    both.listener.close()
+    await both.listener.wait_closed()
+    await lease.release()
+    cycle: list[object] = [lease, view]
+    cycle.append(cycle)
+    del lease, view, cycle
+    gc.enable()
+    gc.collect()
 
 
 async def test_a_waiter_that_gave_up_does_not_block_those_behind(pair: MakePair) -> None:
@@ -235,3 +255,12 @@ async def test_a_window_that_cannot_be_bound_fails_its_message_only(
 
 def refuse_to_bind(*_: Any) -> None:
     raise DeviceError("the device refuses to bind")
+
+
+async def test_a_window_is_bound_again_and_again(pair: MakePair) -> None:
+    """The library's structure kept the window's first key, so rxe refused every binding but the first."""
+    client, server = await pair()
+    for i in range(5):
+        send = client.send(bytes([i]) * 100_000)
+        assert await server.recv() == bytes([i]) * 100_000
+        await send
