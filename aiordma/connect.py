@@ -20,7 +20,9 @@ After the handshake the TCP connection stays: it announces shared regions, and i
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
+import resource
 import secrets
 import socket
 import ssl as ssl_module
@@ -71,6 +73,8 @@ Handler = Callable[[Connection], Awaitable[object]]
 #: Bytes of announcements the peer has not read, at which it counts as stuck.
 _SESSION_BACKLOG = 1 << 20
 _LISTEN_BACKLOG = 1024
+#: File descriptors that a server does not give to connections: for its handlers, and to refuse with.
+_SPARE_FILES = 16
 #: Config.shared_receives of a server that leaves it open.
 _SHARED_RECEIVES = 1024
 
@@ -433,6 +437,19 @@ async def establish(
         ) from None
     except ssl_module.SSLError as error:
         raise TlsError(f"TLS with {host}:{port} failed: {error}", peer=f"{host}:{port}") from error
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise _too_many_files(f"cannot connect to {host}:{port}") from error
+        raise
+
+
+def _too_many_files(what: str) -> OSError:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OSError(
+        errno.EMFILE,
+        f"{what}: a connection has a file descriptor (TCP), and this process may have {soft} (hard limit {hard}); "
+        "raise it: ulimit -n (shell), LimitNOFILE= (systemd), --ulimit nofile= (container)",
+    )
 
 
 # --- the server ---------------------------------------------------------------------------------------
@@ -510,7 +527,7 @@ class _ServerChannel(_Channel):
         """Makes a queue pair for a valid hello and answers it."""
         connection: Connection | None = None
         try:
-            self.server._check_room()
+            self.server._check_room(self.transport)
             route = open_route(self.server.device, self.local, self.remote, self.config)
             connection = Connection(route, self.config, self.peer, shared_receives=_SHARED_RECEIVES)
             try:
@@ -583,6 +600,7 @@ class Server:
         self._server: asyncio.Server | None = None
         self._route: Route | None = None
         self._closing = False
+        self._short_of_files = False  # and has said so
         self._stopped = asyncio.Event()
         self._close_called = asyncio.Event()
 
@@ -644,9 +662,21 @@ class Server:
     def _handshake_ended(self, channel: _ServerChannel) -> None:
         self._pending.pop(channel, None)
 
-    def _check_room(self) -> None:
+    def _check_room(self, transport: asyncio.Transport | None) -> None:
         if self._closing or len(self.connections) >= self.config.max_connections:
             raise BootstrapError("the server is full, or closing")
+        # The kernel gives the lowest free descriptor. Beyond the limit nobody could be refused any more.
+        sock = transport.get_extra_info("socket") if transport is not None else None
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if sock is not None and limit - _SPARE_FILES <= sock.fileno() < limit:
+            if not self._short_of_files:
+                self._short_of_files = True
+                error = _too_many_files(f"{len(self.connections)} connections, and no more")
+                asyncio.get_running_loop().call_exception_handler(
+                    {"message": "the server refuses connections", "exception": error}
+                )
+            raise BootstrapError("the server is full: it has no file descriptors left")
+        self._short_of_files = False
 
     # --- connections ---------------------------------------------------------------------------------
 

@@ -324,6 +324,15 @@ def test_memlock(soft: int, privileged: bool, status: str) -> None:
     assert (finding.fix is None) == (status == "ok")
 
 
+def test_open_files() -> None:
+    assert doctor.judge_open_files(20_000, 20_000, config=Config()).fix is None
+    assert doctor.judge_open_files(UNLIMITED, UNLIMITED, config=Config()).fix is None
+    few = doctor.judge_open_files(1024, 4096, config=Config())
+    assert (few.status, few.found.split(":")[0]) == ("ok", "RLIMIT_NOFILE soft 1024, hard 4096")
+    assert few.fix is not None
+    assert "ulimit -n" in few.fix
+
+
 @pytest.mark.parametrize(
     ("uid_map", "capabilities", "expected"),
     [

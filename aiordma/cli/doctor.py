@@ -528,6 +528,30 @@ def check_fork(scene: Scene) -> Iterator[Finding]:
     yield Finding("fork safety", "warning" if risky else "ok", f"{status}: {meaning}", fix)
 
 
+def check_open_files(scene: Scene) -> Iterator[Finding]:
+    """Each connection has a TCP socket, and so a file descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield judge_open_files(soft, hard, config=Config())
+
+
+def judge_open_files(soft: int, hard: int, *, config: Config) -> Finding:
+    """``soft`` and ``hard`` in descriptors, or RLIM_INFINITY."""
+    name = "open files"
+    found = f"RLIMIT_NOFILE soft {_count(soft)}, hard {_count(hard)}"
+    if soft == _UNLIMITED or soft > config.max_connections:
+        return Finding(name, "ok", found)
+    return Finding(
+        name,
+        "ok",
+        f"{found}: a server has room for fewer than {config.max_connections} connections (not an error)",
+        "for more: ulimit -n (shell); LimitNOFILE= (systemd); --ulimit nofile= (container)",
+    )
+
+
+def _count(value: int) -> str:
+    return "unlimited" if value == _UNLIMITED else str(value)
+
+
 def check_limits(scene: Scene) -> Iterator[Finding]:
     """The limits of each device against what the default settings ask for."""
     for report in scene.opened:
@@ -553,6 +577,8 @@ def _judge_limits(report: DeviceReport, config: Config) -> Iterator[Finding]:
         less.append(f"fewer reads in flight than Config(read_depth={config.read_depth}) asks for")
     if not a.atomics:
         less.append("no atomics")
+    if not a.max_srq:
+        less.append("no shared receive queues: each connection of a server has receives of its own")
     if not a.memory_windows:
         less.append("no type-2 memory windows: access is granted by registering memory anew, which is slower")
     found = f"max_qp_wr {a.max_qp_wr}, max_cqe {a.max_cqe}"
@@ -580,6 +606,7 @@ CHECKS: Sequence[Check] = (
     check_memlock,
     check_huge_pages,
     check_fork,
+    check_open_files,
     check_limits,
     check_uvloop,
 )

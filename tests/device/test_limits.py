@@ -54,6 +54,46 @@ def test_memlock_too_low_names_limit_need_and_fix() -> None:
     assert "ulimit -l" in said, "the fix"
 
 
+FILES_UNDER_A_LIMIT = """
+import asyncio, errno, sys, aiordma
+problems = []
+async def main():
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(str(context["exception"])))
+    async with aiordma.serve(lambda connection: connection.wait_closed(), "127.0.0.1", 0) as server:
+        connections = []
+        try:
+            while True:
+                connections.append(await aiordma.connect("127.0.0.1", server.port, timeout=60))
+        finally:
+            # Those that are there work on: both descriptors of a connection are this process's.
+            await connections[0].send(b"still here")
+            for connection in connections:
+                connection.close()
+            await asyncio.gather(*[connection.wait_closed() for connection in connections])
+            print(len(connections), problems)
+try:
+    asyncio.run(main())
+except (aiordma.errors.BootstrapError, OSError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_too_few_descriptors_name_limit_and_fix() -> None:
+    done = subprocess.run(
+        ["prlimit", "--nofile=80:90", sys.executable, "-c", FILES_UNDER_A_LIMIT],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert "no file descriptors left" in said, said
+    assert "may have 80 (hard limit 90)" in said, "the limit, in the server's log"
+    assert "LimitNOFILE" in said, "the fix"
+    assert said.count("no more") == 1, "said once"
+
+
 # On one loop only, because it is long.
 @pytest.mark.asyncio(loop_factories=["uvloop"])
 @pytest.mark.timeout(900)

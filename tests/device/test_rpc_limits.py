@@ -175,7 +175,7 @@ async def test_a_call_that_was_not_sent_yet_never_is() -> None:
         assert {type(result) for result in results} == {RpcTimeoutError}
         statistics = client.statistics()
         # Those were sent; the rest is forgotten.
-        assert statistics.pending == statistics.abandoned == CONFIG.receive_credits
+        assert statistics.pending == statistics.abandoned == CONFIG.min_credits
         stuck.set()
 
 
