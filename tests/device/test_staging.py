@@ -99,8 +99,8 @@ async def test_waiting_connections_are_served_in_turn(pair: MakePair) -> None:
     assert staging_of(pairs[0]).waiting == 3
     hog.give(1)
     for each, futures in zip(pairs, sends, strict=True):
-        await asyncio.gather(*futures)
         assert [await each.server.recv() for _ in futures] == [data] * 30
+        await asyncio.gather(*futures)
     assert staging_of(pairs[0]).waiting == 0
     hog.give(len(hog.held))
 
