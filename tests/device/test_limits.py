@@ -112,6 +112,7 @@ async def test_a_thousand_connections_leave_nothing(listen: Listen) -> None:
     adapter = server._route.adapter  # type: ignore[union-attr]
     pool, fds, tasks = adapter.pool.statistics(), len(open_fds()), len(asyncio.all_tasks())
     threads = len(os.listdir("/proc/self/task"))
+    posted = adapter.reactor.statistics().pending  # receives that the server's connections share
     objects = kernel_objects()
     for _ in range(1000):
         await come_and_go()
@@ -122,7 +123,7 @@ async def test_a_thousand_connections_leave_nothing(listen: Listen) -> None:
     assert len(asyncio.all_tasks()) == tasks
     assert len(os.listdir("/proc/self/task")) == threads
     assert kernel_objects() == objects
-    assert adapter.reactor.statistics().pending == 0
+    assert adapter.reactor.statistics().pending == posted
 
 
 def kernel_objects() -> str:
