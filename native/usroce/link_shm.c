@@ -83,7 +83,7 @@ struct shm_link {
     uint32_t num_out, num_in;
     struct channel *dirty;
     bool udp_dirty;
-    bool udp_has_more;            /* it gave as many frames as it might */
+    bool udp_has_more;            /* for all we know: it gave some the last time */
     bool look;                    /* the next receive call looks at the sockets */
     bool asleep;                  /* between sleep and wake: rings have to say so too */
     bool left;                    /* receive left frames in a ring */
@@ -694,7 +694,7 @@ static int receive_udp(struct shm_link *shm, struct view *views, int max)
 {
     int count = shm->udp->ops->receive(shm->udp, views, max);
 
-    shm->udp_has_more = count == max;
+    shm->udp_has_more = count > 0;
     return count;
 }
 
