@@ -10,7 +10,7 @@ RXE := $(PY) -m tools.rxe run --
 # The virtual machine is slow at compiling: byte code must be written. (Python takes empty for unset.)
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint sanitize fuzz bench bench-usroce setup clean
+.PHONY: help demo test lint sanitize fuzz bench bench-usroce bench-messaging setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make fuzz      hostile packets, invented by libFuzzer; needs clang [ARGS=\"SECONDS\"]"
 	@echo "make bench     benchmarks on a soft-RoCE device [ARGS=\"benchmarks.core arguments\"]"
 	@echo "make bench-usroce  the user-space device beside plain UDP [ARGS=\"benchmarks.usroce arguments\"]"
+	@echo "make bench-messaging  aiordma beside streams, Protocol, ZeroMQ, gRPC, UCX [ARGS=\"benchmarks.messaging arguments\"]"
 	@echo "make setup     only what the others do first: packages, .venv, extension"
 	@echo "make clean     removes everything built, and .venv"
 
@@ -51,6 +52,10 @@ bench:
 bench-usroce:
 	@$(PYTHON3) tools/setup.py --for bench
 	@$(PY) -m benchmarks.usroce $(ARGS)
+
+bench-messaging:
+	@$(PYTHON3) tools/setup.py --for bench
+	@$(PY) -m benchmarks.messaging $(ARGS)
 
 setup:
 	@$(PYTHON3) tools/setup.py --for lint

@@ -37,7 +37,7 @@ T = TypeVar("T")
 class Inbox(Generic[T]):
     """Items in order of arrival, and a fair line of those who wait for one."""
 
-    __slots__ = ("_governor", "_loop", "_promised", "_spin", "_waiters", "items")
+    __slots__ = ("_governor", "_loop", "_spin", "_waiters", "_woken", "items")
 
     def __init__(
         self,
@@ -49,7 +49,9 @@ class Inbox(Generic[T]):
         self._spin = spin
         self._governor = governor
         self._waiters: deque[SpinningFuture] = deque()
-        self._promised = 0  # items whose receiver was woken but has not taken its turn yet
+        self._woken: deque[SpinningFuture] = (
+            deque()
+        )  # have not taken their turn yet: the first items are theirs
         self.items: deque[T] = deque()
 
     def put(self, item: T) -> None:
@@ -67,24 +69,33 @@ class Inbox(Generic[T]):
         self.items.remove(item)
 
     def look_again(self) -> None:
-        """Somebody leaves the next item to others: wakes the first in line."""
+        """Somebody leaves an item to others: wakes the first in line."""
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiters and len(self.items) > self._promised:
+        while self._waiters and len(self.items) > len(self._woken):
             waiter = self._waiters.popleft()
             if not waiter.done():
-                self._promised += 1
+                self._woken.append(waiter)
                 waiter.set_result(True)
 
     @property
-    def ready(self) -> bool:
-        """True when an item is there that is promised to nobody."""
-        return len(self.items) > self._promised
+    def place(self) -> int | None:
+        """Where the next item is that is promised to nobody; None when there is none."""
+        place = len(self._woken)
+        return place if len(self.items) > place else None
 
-    async def wait(self) -> None:
-        """Returns when it is the caller's turn to take an item: it must do so before it awaits anything, and look
-        first whether there is one (:meth:`remove`).
+    def take(self, place: int) -> T:
+        """Takes the item at a place that :attr:`place` or :meth:`wait` has just given."""
+        if not place:
+            return self.items.popleft()
+        item = self.items[place]
+        del self.items[place]
+        return item
+
+    async def wait(self) -> int:
+        """Returns when it is the caller's turn, with the place of its item: it must take it before it awaits
+        anything, and look first whether it is there (:meth:`remove`).
 
         Cancelled: the turn goes to the next. Raises what :meth:`fail` was given.
         """
@@ -94,15 +105,17 @@ class Inbox(Generic[T]):
         try:
             await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._promised -= 1
+            if waiter in self._woken:
+                self._woken.remove(waiter)
                 self._wake()
             elif waiter in self._waiters:
                 self._waiters.remove(waiter)
             raise
-        self._promised -= 1
+        place = self._woken.index(waiter)
+        del self._woken[place]
         if self._governor is not None:
             self._governor.learn(_now_ns() - started)
+        return place
 
     def fail(self, make_error: Callable[[], BaseException]) -> None:
         """Everyone in line gets an error of their own; those already woken still get their item."""
@@ -303,16 +316,16 @@ class ReceiveQueue:
 
     # --- taking --------------------------------------------------------------------------------------
 
-    def peek(self) -> int:
-        """The length in bytes of the message that is next."""
-        item = self.messages.items[0]
+    def peek(self, place: int) -> int:
+        """The length in bytes of a message."""
+        item = self.messages.items[place]
         if isinstance(item, tuple):
             return item[1]
         return item.offer.nbytes if isinstance(item, Taking) else len(item)
 
-    def take(self) -> bytes | Taking:
-        """The next message, as bytes; its buffer is posted again. The offer of a large one is the caller's now."""
-        item = self.messages.items.popleft()
+    def take(self, place: int) -> bytes | Taking:
+        """A message, as bytes; its buffer is posted again. The offer of a large one is the caller's now."""
+        item = self.messages.take(place)
         if not isinstance(item, tuple):
             return item
         index, length = item
@@ -320,10 +333,10 @@ class ReceiveQueue:
         self._recycle(index)
         return data
 
-    def take_into(self, view: memoryview) -> int | Taking:
-        """The next message, copied to the start of ``view``, which is large enough; returns its length. Offers as
-        in :meth:`take`."""
-        item = self.messages.items.popleft()
+    def take_into(self, place: int, view: memoryview) -> int | Taking:
+        """A message, copied to the start of ``view``, which is large enough; returns its length. Offers as in
+        :meth:`take`."""
+        item = self.messages.take(place)
         if isinstance(item, Taking):
             return item
         if isinstance(item, bytes):
@@ -334,10 +347,10 @@ class ReceiveQueue:
         self._recycle(index)
         return length
 
-    def take_lease(self) -> MessageLease | bytes | Taking:
-        """The next message where it lies, its buffer lent until the lease is released; bytes when the ring is
-        gone. Offers as in :meth:`take`."""
-        item = self.messages.items.popleft()
+    def take_lease(self, place: int) -> MessageLease | bytes | Taking:
+        """A message where it lies, its buffer lent until the lease is released; bytes when the ring is gone.
+        Offers as in :meth:`take`."""
+        item = self.messages.take(place)
         if not isinstance(item, tuple):
             return item
         index, length = item
@@ -354,9 +367,9 @@ class ReceiveQueue:
         if not self.closed or isinstance(item, bytes):
             self.messages.put_back(item)
 
-    def take_notification(self) -> int:
-        """The next notification."""
-        imm = self.notifications.items.popleft()
+    def take_notification(self, place: int) -> int:
+        """A notification."""
+        imm = self.notifications.take(place)
         self.owe()
         return imm
 

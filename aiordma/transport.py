@@ -43,7 +43,7 @@ from .mr_pool import Lease, PoolStatistics
 from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
 from .protocol.rendezvous import Taking
-from .receive_queue import MessageLease, ReceiveQueue
+from .receive_queue import Inbox, MessageLease, ReceiveQueue
 from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
 from .send_queue import COMPARE_SWAP, FETCH_ADD, READ, SEND, WRITE, WRITE_IMM, Operation, SendQueue
@@ -312,8 +312,7 @@ class Connection:
         After the peer has closed in order, what had arrived is still delivered; then
         :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
         """
-        await self._message_ready()
-        message = self._receives.take()
+        message = self._receives.take(await self._message_ready())
         if isinstance(message, Taking):
             return await self._large_receives.receive(message)
         return message
@@ -326,12 +325,12 @@ class Connection:
         :class:`MisuseError` when the message does not fit; it stays the next one to be received.
         """
         view = bytes_view(buffer, writable=True)
-        await self._message_ready()
-        length = self._receives.peek()
+        place = await self._message_ready()
+        length = self._receives.peek(place)
         if length > view.nbytes:
             self._receives.messages.look_again()
             raise MisuseError(f"recv_into: the next message has {length} bytes, the buffer {view.nbytes}")
-        taken = self._receives.take_into(view)
+        taken = self._receives.take_into(place, view)
         return await self._large_receives.receive_into(taken, view) if isinstance(taken, Taking) else taken
 
     async def recv_lease(self) -> MessageLease:
@@ -342,8 +341,7 @@ class Connection:
         which is waited for in turn (:class:`MemoryLimitError` when it can never hold it; the message stays next).
         A lease outlives its connection.
         """
-        await self._message_ready()
-        message = self._receives.take_lease()
+        message = self._receives.take_lease(await self._message_ready())
         if isinstance(message, MessageLease):
             return message
         if isinstance(message, bytes):
@@ -351,17 +349,20 @@ class Connection:
         lease = await self._large_receives.receive_lease(message)
         return MessageLease(lease.address, lease.nbytes, lease, lease.release_nowait)
 
-    async def _message_ready(self) -> None:
-        """Returns when the caller may take a message, and must before it awaits anything."""
+    async def _message_ready(self) -> int:
+        """Returns the place of a message that the caller may take, and must before it awaits anything."""
+        return await self._turn(self._receives.messages, "recv")
+
+    async def _turn(self, inbox: Inbox[Any], kind: str) -> int:
         self._check_loop()
-        inbox = self._receives.messages
-        while not inbox.ready:
+        while (place := inbox.place) is None:
             if self._error is not None:
-                raise self.lost_error("recv")
-            await inbox.wait()
-            if inbox.items:
-                return
+                raise self.lost_error(kind)
+            place = await inbox.wait()
+            if place < len(inbox.items):
+                break
             # Closed on this side, or withdrawn by the peer, between the wake-up and our turn.
+        return place
 
     # --- what the receive queue says (receive_queue.LargeArrivals) -----------------------------------
 
@@ -388,15 +389,7 @@ class Connection:
 
         The data it announces is in place. Errors and cancellation as :meth:`recv`.
         """
-        self._check_loop()
-        inbox = self._receives.notifications
-        if not inbox.ready:
-            if self._error is not None:
-                raise self.lost_error("notified")
-            await inbox.wait()
-            if not inbox.items:
-                raise self.lost_error("notified")
-        return self._receives.take_notification()
+        return self._receives.take_notification(await self._turn(self._receives.notifications, "notified"))
 
     # --- one-sided operations ------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class WorkerPair:
         """What cannot be imported is kept as the reason why its rows are missing."""
         for child in self._children:
             try:
-                self.versions = _answer(child, timeout)["ready"]
+                self.versions = answer(child, timeout)["ready"]
             except BenchmarkError as error:
                 self.problem = str(error)
 
@@ -150,10 +150,10 @@ class WorkerPair:
         try:
             server, client = self._children
             server.write(json.dumps({**command, "role": "server"}))
-            port = _answer(server, timeout)["port"]
+            port = answer(server, timeout)["port"]
             client.write(json.dumps({**command, "role": "client", "port": port}))
-            samples: dict[str, list[int]] = _answer(client, timeout)["samples"]
-            _answer(server, timeout)
+            samples: dict[str, list[int]] = answer(client, timeout)["samples"]
+            answer(server, timeout)
             return samples
         except BenchmarkError:
             self.start()
@@ -167,8 +167,9 @@ class WorkerPair:
         self._children = []
 
 
-def _answer(child: Child, timeout: float) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(child.read_line(timeout))
-    if "error" in answer:
-        raise BenchmarkError(answer["error"])
-    return answer
+def answer(child: Child, timeout: float) -> dict[str, Any]:
+    """The next line, of JSON. Raises :class:`BenchmarkError` for an error that the child reports."""
+    said: dict[str, Any] = json.loads(child.read_line(timeout))
+    if "error" in said:
+        raise BenchmarkError(said["error"])
+    return said

@@ -31,7 +31,7 @@ if importlib.util.find_spec("aiordma") is None:  # not installed: the checkout t
     sys.path.insert(0, str(ROOT))
 
 import aiordma  # noqa: E402
-from aiordma.rpc import RpcClient, RpcError, RpcServer  # noqa: E402
+from aiordma.rpc import RpcClient, RpcError, RpcServer, Service, StatusCode  # noqa: E402
 
 PACKAGE = Path(aiordma.__file__).resolve().parent
 DEADLINE = 90.0  # seconds for all of it; the machine may be emulated
@@ -81,20 +81,20 @@ class DemoServer:
 
 def make_rpc() -> RpcServer:
     """The methods that the demo calls."""
-    rpc = RpcServer()
+    numbers = Service("numbers")
 
-    @rpc.method
+    @numbers.unary
     async def square(payload: bytes) -> bytes:
         return b"%d" % int(payload) ** 2
 
-    @rpc.method
+    @numbers.unary
     async def divide(payload: bytes) -> bytes:
         dividend, divisor = map(int, payload.split())
         if divisor == 0:
-            raise RpcError("invalid", "division by zero")
+            raise RpcError(StatusCode.INVALID_ARGUMENT, "division by zero")
         return b"%d" % (dividend // divisor)
 
-    return rpc
+    return RpcServer(numbers)
 
 
 async def count(connection: aiordma.Connection, step: int) -> None:
@@ -214,17 +214,17 @@ async def call_methods(connection: aiordma.Connection) -> None:
     """Calls at the same time, and one that fails without harm to the others."""
     async with RpcClient(connection) as client:
         started = time.perf_counter()
-        squares = [client.call("square", b"%d" % n, timeout=30) for n in range(CALLS)]
+        squares = [client.unary("numbers/square", b"%d" % n, timeout=30) for n in range(CALLS)]
         *replies, failure = await asyncio.gather(
-            *squares, client.call("divide", b"1 0"), return_exceptions=True
+            *squares, client.unary("numbers/divide", b"1 0"), return_exceptions=True
         )
         seconds = time.perf_counter() - started
         check(replies == [b"%d" % n**2 for n in range(CALLS)], "a reply is wrong")
-        if not isinstance(failure, RpcError) or failure.status != "invalid":
+        if not isinstance(failure, RpcError) or failure.code is not StatusCode.INVALID_ARGUMENT:
             raise DemoError(f"unexpected: {failure!r}")
         print(f"RPC         {CALLS} calls at the same time in {seconds * 1e3:.0f} ms, all replies right")
         print(f"RPC         one of them failed, as it should: {failure}")
-        check(await client.call("divide", b"84 2") == b"42", "84 / 2")
+        check(await client.unary("numbers/divide", b"84 2") == b"42", "84 / 2")
 
 
 async def count_together(connection: aiordma.Connection, server: asyncio.subprocess.Process) -> None:

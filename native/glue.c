@@ -133,6 +133,7 @@ int glue_post_bind_mw(struct ibv_qp *qp, uint64_t wr_id, struct ibv_mw *mw, uint
         .send_flags = IBV_SEND_SIGNALED,
     };
     struct ibv_send_wr *bad;
+    int rc;
 
     wr.bind_mw.mw = mw;
     wr.bind_mw.rkey = new_rkey;
@@ -140,7 +141,10 @@ int glue_post_bind_mw(struct ibv_qp *qp, uint64_t wr_id, struct ibv_mw *mw, uint
     wr.bind_mw.bind_info.addr = addr;
     wr.bind_mw.bind_info.length = length;
     wr.bind_mw.bind_info.mw_access_flags = access;
-    return ibv_post_send(qp, &wr, &bad);
+    rc = ibv_post_send(qp, &wr, &bad);
+    if (!rc)
+        mw->rkey = new_rkey; /* rxe finds the window by it when it is bound again */
+    return rc;
 }
 
 /* Revokes the key of a bound type-2 window. Signaled. */

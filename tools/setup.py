@@ -46,7 +46,7 @@ NEWER_PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("uvloop",),
     "test": ("test",),
-    "bench": ("test",),
+    "bench": ("test", "bench"),
     "lint": ("test", "lint"),
 }
 

@@ -1,17 +1,26 @@
-"""RPC frames, and what each side knows of its calls. No I/O, no clocks: :mod:`aiordma.rpc` brings those.
+"""RPC frames: what they are, and their bytes. No I/O, no clocks: :mod:`aiordma.rpc` brings those.
 
-Each message of the connection is one frame. Layout, network byte order, 8 bytes and what follows::
+Each message of the connection is one frame. Every frame begins with 8 bytes in network byte order; what follows
+depends on its kind::
 
-    0      kind       u8    1 call, 2 reply, 3 error, 4 cancel
-    1      flags      u8    0; a receiver refuses what it does not know
-    2      word len   u16   bytes of the word; 0 for reply and cancel
-    4      call id    u32   chosen by the caller
-    8      word             UTF-8: the method of a call (1 to 255 bytes), the status of an error
-    ...    rest             call, reply: the payload; error: details for people, UTF-8; cancel: nothing
+    0   kind       u8
+    1   variant    u8    call: the kind of call; status: the code; else 0
+    2   length     u16   call: bytes of the method's name; status: bytes of the details; else 0
+    4   call id    u32   chosen by the caller
 
-The server answers every call with exactly one reply or error, cancelled calls included; so the caller knows
-when the last trace of a call is gone, and which answers it no longer waits for. A status is a word of 1 to 32
-characters ``[a-z0-9-]`` that starts with a letter; :class:`Status` has those the library uses.
+    call      timeout u64 (microseconds, 0: none), metadata length u32, method, metadata, payload
+    status    metadata length u32, details, metadata, payload
+    message   payload
+    window    messages u32, bytes u64
+    end, cancel   nothing
+
+A call has one request or a stream of them, and one reply or a stream of them (:class:`CallKind`). One request
+travels in the call frame, one reply in the status frame; the messages of streams have frames of their own. The
+status ends a call: it is the last frame of it in that direction, and every call has exactly one. What may come
+when is in :mod:`aiordma.protocol.rpc_calls`.
+
+Metadata is a list of keys and values: key length u8, value length u16, key, value. A key is 1 to 255 of
+``a-z0-9_.-``; the value is UTF-8 text, or bytes if the key ends in ``-bin``. No key occurs twice.
 """
 
 from __future__ import annotations
@@ -19,74 +28,139 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..errors import MisuseError, ProtocolError
 
 HEADER = struct.Struct("!BBHI")
-HEADER_SIZE = HEADER.size
+CALL_HEADER = struct.Struct("!BBHIQI")
+STATUS_HEADER = struct.Struct("!BBHII")
+WINDOW_FRAME = struct.Struct("!BBHIIQ")
+_ENTRY = struct.Struct("!BH")
 MAX_METHOD = 255
-_STATUS = re.compile(r"[a-z][a-z0-9-]{0,31}")
-_IDS = 1 << 32
+#: Bytes of encoded metadata in one direction of one call.
+MAX_METADATA = 8192
+#: Bytes of details; longer ones are cut.
+MAX_DETAILS = 1024
+#: Microseconds, some thirty years: what a clock of doubles still resolves.
+MAX_TIMEOUT = 10**15
+_KEY = re.compile(r"[a-z0-9_.-]{1,255}")
+
+Metadata = Mapping[str, str | bytes]
+Payload = bytes | bytearray | memoryview
+
+
+class StatusCode(enum.IntEnum):
+    """How a call ended. Names and values are those of gRPC."""
+
+    OK = 0
+    CANCELLED = 1  # by the caller
+    UNKNOWN = 2  # the handler raised something it should not have
+    INVALID_ARGUMENT = 3  # the request is not valid, whatever the state of the server
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5  # such as a key that is not there
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8  # too many calls, or a message that is too large
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12  # no such method, or not of that kind
+    INTERNAL = 13  # an invariant does not hold: an invalid reply
+    UNAVAILABLE = 14  # the connection is gone, or the server is shutting down
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class CallKind(enum.IntEnum):
+    """How many requests and replies a call has. Bit 0: a stream of requests; bit 1: a stream of replies."""
+
+    UNARY = 0
+    CLIENT_STREAM = 1
+    SERVER_STREAM = 2
+    BIDI = 3
+
+    @property
+    def streams_requests(self) -> bool:
+        """Whether requests come as messages, until end."""
+        return bool(self & 1)
+
+    @property
+    def streams_replies(self) -> bool:
+        """Whether replies come as messages, until the status."""
+        return bool(self & 2)
 
 
 class FrameKind(enum.IntEnum):
     """What a frame is."""
 
     CALL = 1
-    REPLY = 2
-    ERROR = 3
+    MESSAGE = 2
+    END = 3
     CANCEL = 4
+    WINDOW = 5
+    STATUS = 6
 
 
-class Status(enum.StrEnum):
-    """The statuses the library uses. Applications may use words of their own beside them."""
-
-    INTERNAL = "internal"  # the method raised something it should not have
-    NOT_FOUND = "not-found"  # no such method (or, from a method, no such thing)
-    INVALID = "invalid"  # the method cannot make sense of the payload
-    CANCELLED = "cancelled"  # the caller cancelled, or either side closed
-    TOO_LARGE = "too-large"  # the reply does not fit a message of the connection
-    BUSY = "busy"  # too many calls at a time
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallFrame:
-    """Client to server: please run ``method``."""
+    """Client to server: please run ``method``. ``timeout`` in microseconds, 0 for none."""
 
     call_id: int
     method: str
-    payload: bytes = b""
+    kind: CallKind = CallKind.UNARY
+    payload: Payload = b""
+    timeout: int = 0
+    metadata: Metadata = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyFrame:
-    """Server to client: the result."""
-
-    call_id: int
-    payload: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorFrame:
-    """Server to client: there is no result, and why."""
+@dataclass(slots=True)
+class MessageFrame:
+    """One message of a stream, in either direction."""
 
     call_id: int
-    status: str
-    details: str = ""
+    payload: Payload = b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class EndFrame:
+    """Client to server: no more requests."""
+
+    call_id: int
+
+
+@dataclass(slots=True)
 class CancelFrame:
     """Client to server: nobody waits for the result any more."""
 
     call_id: int
 
 
-Frame = CallFrame | ReplyFrame | ErrorFrame | CancelFrame
+@dataclass(slots=True)
+class WindowFrame:
+    """The receiver of a stream allows so many more messages and bytes."""
+
+    call_id: int
+    messages: int
+    nbytes: int
 
 
-# --- bytes --------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class StatusFrame:
+    """Server to client: the call has ended, how, and with which reply."""
+
+    call_id: int
+    code: int = StatusCode.OK
+    details: str = ""
+    payload: Payload = b""
+    metadata: Metadata = field(default_factory=dict)
+
+
+Frame = CallFrame | MessageFrame | EndFrame | CancelFrame | WindowFrame | StatusFrame
+
+
+# --- to bytes -----------------------------------------------------------------------------------------
 
 
 def check_method(method: str) -> bytes:
@@ -100,180 +174,203 @@ def check_method(method: str) -> bytes:
     return name
 
 
-def check_status(status: str) -> str:
-    """``status``, if it can be one. Raises :class:`MisuseError`."""
-    if not isinstance(status, str) or not _STATUS.fullmatch(status):
-        raise MisuseError(f"status {status!r}: 1 to 32 of a-z, 0-9 and '-', a letter first")
-    return status
+def check_timeout(seconds: float | None) -> int:
+    """A timeout as it travels: whole microseconds, rounded up to 1 at least; 0 stands for None.
+
+    Raises :class:`MisuseError` for what is no number of seconds; times that are too long are none.
+    """
+    if seconds is None:
+        return 0
+    try:
+        microseconds = max(seconds * 1e6, 1.0)
+        return 0 if microseconds > MAX_TIMEOUT else int(microseconds)
+    except (TypeError, ValueError):
+        raise MisuseError(f"timeout={seconds!r}: seconds, or None") from None
 
 
-def call_overhead(method: str) -> int:
-    """Bytes of a call besides its payload. Raises :class:`MisuseError` for a bad name."""
-    return HEADER_SIZE + len(check_method(method))
+def encode_metadata(metadata: Metadata | None) -> bytes:
+    """The bytes of metadata. Raises :class:`MisuseError` for bad keys and values, and for more than
+    :data:`MAX_METADATA` bytes."""
+    if not metadata:
+        return b""
+    parts: list[bytes] = []
+    for key, value in metadata.items():
+        data = _metadata_value(key, value)
+        parts += (_ENTRY.pack(len(key), len(data)), key.encode(), data)
+    encoded = b"".join(parts)
+    if len(encoded) > MAX_METADATA:
+        raise MisuseError(f"metadata of {len(encoded)} bytes; {MAX_METADATA} are allowed")
+    return encoded
+
+
+def _metadata_value(key: str, value: str | bytes) -> bytes:
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise MisuseError(f"metadata key {key!r}: 1 to 255 of a-z, 0-9, '_', '.' and '-'")
+    if key.endswith("-bin") != isinstance(value, bytes) or not isinstance(value, str | bytes):
+        raise MisuseError(f"metadata {key!r}: text, or bytes where the key ends in '-bin'")
+    try:
+        data = value if isinstance(value, bytes) else value.encode()
+    except UnicodeEncodeError:
+        raise MisuseError(f"metadata {key!r} is not text that UTF-8 can carry") from None
+    if len(data) > MAX_METADATA:
+        raise MisuseError(f"metadata {key!r} has {len(data)} bytes; {MAX_METADATA} are allowed for all")
+    return data
+
+
+def call_head(call_id: int, kind: int, method: bytes, timeout: int, metadata: bytes) -> bytes:
+    """A call frame up to its payload."""
+    head = CALL_HEADER.pack(FrameKind.CALL, kind, len(method), call_id, timeout, len(metadata))
+    return b"".join((head, method, metadata)) if metadata else head + method
+
+
+def status_head(call_id: int, code: int, details: str = "", metadata: bytes = b"") -> bytes:
+    """A status frame up to its payload. Details beyond :data:`MAX_DETAILS` bytes are cut off."""
+    if not details and not metadata:
+        return STATUS_HEADER.pack(FrameKind.STATUS, code, 0, call_id, 0)
+    text = details.encode(errors="replace")
+    if len(text) > MAX_DETAILS:
+        text = text[:MAX_DETAILS].decode(errors="ignore").encode()
+    head = STATUS_HEADER.pack(FrameKind.STATUS, code, len(text), call_id, len(metadata))
+    return b"".join((head, text, metadata))
+
+
+def message_head(call_id: int) -> bytes:
+    """A message frame up to its payload."""
+    return HEADER.pack(FrameKind.MESSAGE, 0, 0, call_id)
+
+
+def end_frame(call_id: int) -> bytes:
+    """An end frame."""
+    return HEADER.pack(FrameKind.END, 0, 0, call_id)
+
+
+def cancel_frame(call_id: int) -> bytes:
+    """A cancel frame."""
+    return HEADER.pack(FrameKind.CANCEL, 0, 0, call_id)
+
+
+def window_frame(call_id: int, messages: int, nbytes: int) -> bytes:
+    """A window frame."""
+    return WINDOW_FRAME.pack(FrameKind.WINDOW, 0, 0, call_id, messages, nbytes)
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame as the bytes of one message. Raises :class:`MisuseError` for a bad method or status."""
+    """The whole frame as the bytes of one message. Raises :class:`MisuseError` for what cannot travel."""
     match frame:
         case CallFrame():
-            return _pack(FrameKind.CALL, frame.call_id, check_method(frame.method), frame.payload)
-        case ReplyFrame():
-            return _pack(FrameKind.REPLY, frame.call_id, b"", frame.payload)
-        case ErrorFrame():
-            word = check_status(frame.status).encode()
-            return _pack(FrameKind.ERROR, frame.call_id, word, frame.details.encode(errors="replace"))
+            name, metadata = check_method(frame.method), encode_metadata(frame.metadata)
+            return call_head(frame.call_id, frame.kind, name, frame.timeout, metadata) + bytes(frame.payload)
+        case StatusFrame():
+            metadata = encode_metadata(frame.metadata)
+            return status_head(frame.call_id, frame.code, frame.details, metadata) + bytes(frame.payload)
+        case MessageFrame():
+            return message_head(frame.call_id) + bytes(frame.payload)
+        case WindowFrame():
+            return window_frame(frame.call_id, frame.messages, frame.nbytes)
+        case EndFrame():
+            return end_frame(frame.call_id)
         case CancelFrame():
-            return _pack(FrameKind.CANCEL, frame.call_id, b"", b"")
+            return cancel_frame(frame.call_id)
 
 
-def encode_error(call_id: int, status: str, details: str, limit: int) -> bytes:
-    """An error frame of at most ``limit`` bytes (64 or more): details that do not fit are cut off."""
-    room = max(limit - HEADER_SIZE - len(status), 0)
-    cut = details.encode(errors="replace")[:room].decode(errors="ignore")
-    return encode(ErrorFrame(call_id, status, cut))
+# --- from bytes ---------------------------------------------------------------------------------------
 
 
-def _pack(kind: FrameKind, call_id: int, word: bytes, rest: bytes) -> bytes:
-    return b"".join((HEADER.pack(kind, 0, len(word), call_id), word, rest))
-
-
-def decode(data: bytes) -> Frame:
-    """The frame in a message. Raises :class:`ProtocolError` for anything that is none."""
-    if len(data) < HEADER_SIZE:
-        raise ProtocolError(f"RPC frame of {len(data)} bytes, shorter than its header")
-    kind, flags, length, call_id = HEADER.unpack_from(data)
-    if flags:
-        raise ProtocolError(f"RPC frame with unknown flags {flags:#x}")
-    start = HEADER_SIZE + length
-    if start > len(data):
-        raise ProtocolError(f"RPC frame says its word has {length} bytes, {len(data) - HEADER_SIZE} follow")
-    return _decode(kind, call_id, data[HEADER_SIZE:start], data[start:])
-
-
-def _decode(kind: int, call_id: int, word: bytes, rest: bytes) -> Frame:
+def decode(data: Payload) -> Frame:
+    """The frame in a message; its payload is a slice of ``data``, and so of its type. Raises
+    :class:`ProtocolError` for anything that is no frame."""
+    size = len(data)
+    if size < HEADER.size:
+        raise ProtocolError(f"RPC frame of {size} bytes, shorter than its header")
+    kind, variant, length, call_id = HEADER.unpack_from(data)
     if kind == FrameKind.CALL:
-        if not 1 <= len(word) <= MAX_METHOD:
-            raise ProtocolError(f"RPC call of a method whose name has {len(word)} bytes")
-        return CallFrame(call_id, _text(word, "method"), rest)
-    if kind == FrameKind.ERROR:
-        status = _text(word, "status")
-        if not _STATUS.fullmatch(status):
-            raise ProtocolError(f"RPC error with a malformed status {status[:64]!r}")
-        return ErrorFrame(call_id, status, _text(rest, "details"))
-    if word:
-        raise ProtocolError(f"RPC frame of kind {kind} with a word, which it must not have")
-    if kind == FrameKind.REPLY:
-        return ReplyFrame(call_id, rest)
-    if kind == FrameKind.CANCEL:
-        if rest:
-            raise ProtocolError(f"RPC cancel with {len(rest)} bytes of payload")
-        return CancelFrame(call_id)
-    raise ProtocolError(f"unknown RPC frame kind {kind}")
+        return _decode_call(data, variant, length, call_id)
+    if kind == FrameKind.STATUS:
+        return _decode_status(data, variant, length, call_id)
+    if variant or length:
+        raise ProtocolError(f"RPC frame of kind {kind} with variant {variant} and length {length}, not 0")
+    if kind == FrameKind.MESSAGE:
+        return MessageFrame(call_id, data[HEADER.size :])
+    if kind == FrameKind.WINDOW:
+        if size != WINDOW_FRAME.size:
+            raise ProtocolError(f"RPC window frame of {size} bytes, not {WINDOW_FRAME.size}")
+        *_, messages, nbytes = WINDOW_FRAME.unpack(data)
+        return WindowFrame(call_id, messages, nbytes)
+    if kind not in (FrameKind.END, FrameKind.CANCEL):
+        raise ProtocolError(f"unknown RPC frame kind {kind}")
+    if size != HEADER.size:
+        raise ProtocolError(f"RPC frame of kind {kind} with {size - HEADER.size} bytes of payload")
+    return EndFrame(call_id) if kind == FrameKind.END else CancelFrame(call_id)
 
 
-def _text(data: bytes, what: str) -> str:
+def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> CallFrame:
+    if variant > CallKind.BIDI:
+        raise ProtocolError(f"RPC call of unknown kind {variant}")
+    if not 1 <= length <= MAX_METHOD:
+        raise ProtocolError(f"RPC call of a method whose name has {length} bytes")
+    timeout, metadata_length = _unpack(CALL_HEADER, data)[4:]
+    if timeout > MAX_TIMEOUT:
+        raise ProtocolError(f"RPC call with a timeout of {timeout} microseconds")
+    word, metadata, payload = _split(data, CALL_HEADER.size, length, metadata_length)
+    kind = CallKind(variant)
+    if kind.streams_requests and len(payload):
+        raise ProtocolError(f"RPC call with a stream of requests, and {len(payload)} bytes of payload")
+    return CallFrame(call_id, _text(word, "method"), kind, payload, timeout, metadata)
+
+
+def _decode_status(data: Payload, variant: int, length: int, call_id: int) -> StatusFrame:
+    if length > MAX_DETAILS:
+        raise ProtocolError(f"RPC status with {length} bytes of details; {MAX_DETAILS} are allowed")
+    (metadata_length,) = _unpack(STATUS_HEADER, data)[4:]
+    word, metadata, payload = _split(data, STATUS_HEADER.size, length, metadata_length)
+    if variant != StatusCode.OK and len(payload):
+        raise ProtocolError(f"RPC status {variant} with {len(payload)} bytes of payload")
+    return StatusFrame(call_id, variant, _text(word, "details") if length else "", payload, metadata)
+
+
+def _unpack(header: struct.Struct, data: Payload) -> tuple[int, ...]:
+    if len(data) < header.size:
+        raise ProtocolError(f"RPC frame of {len(data)} bytes, shorter than its header of {header.size}")
+    return header.unpack_from(data)
+
+
+def _split(
+    data: Payload, start: int, length: int, metadata_length: int
+) -> tuple[Payload, dict[str, str | bytes], Payload]:
+    """Word, metadata and payload of a frame."""
+    middle = start + length
+    end = middle + metadata_length
+    if end > len(data) or metadata_length > MAX_METADATA:
+        raise ProtocolError(
+            f"RPC frame of {len(data)} bytes says it has {length} of word and {metadata_length} of metadata"
+        )
+    metadata = decode_metadata(bytes(data[middle:end])) if metadata_length else {}
+    return data[start:middle], metadata, data[end:]
+
+
+def decode_metadata(data: bytes) -> dict[str, str | bytes]:
+    """The opposite of :func:`encode_metadata`. Raises :class:`ProtocolError`."""
+    found: dict[str, str | bytes] = {}
+    at = 0
+    while at < len(data):
+        if at + _ENTRY.size > len(data):
+            raise ProtocolError("RPC metadata ends within an entry")
+        key_length, value_length = _ENTRY.unpack_from(data, at)
+        middle = at + _ENTRY.size + key_length
+        end = middle + value_length
+        if end > len(data):
+            raise ProtocolError("RPC metadata ends within an entry")
+        key = _text(data[at + _ENTRY.size : middle], "metadata key")
+        if not _KEY.fullmatch(key) or key in found:
+            raise ProtocolError(f"RPC metadata with a bad or repeated key {key[:64]!r}")
+        value = data[middle:end]
+        found[key] = value if key.endswith("-bin") else _text(value, "metadata")
+        at = end
+    return found
+
+
+def _text(data: Payload, what: str) -> str:
     try:
-        return data.decode()
+        return str(data, "utf-8")
     except UnicodeDecodeError:
         raise ProtocolError(f"RPC {what} is not UTF-8") from None
-
-
-# --- the caller's side --------------------------------------------------------------------------------
-
-
-class CallerState(enum.Enum):
-    """A call whose answer has not come yet."""
-
-    WAITING = "waiting"
-    ABANDONED = "abandoned"  # cancelled or timed out: its answer will be dropped
-
-
-class CallerLedger:
-    """Which call ids of a client are in use. An id is free again only when the call's answer has come."""
-
-    def __init__(self, first_id: int = 1) -> None:
-        self._next = first_id % _IDS
-        self._calls: dict[int, CallerState] = {}
-
-    def __len__(self) -> int:
-        """Calls without an answer, abandoned ones included."""
-        return len(self._calls)
-
-    def begin(self) -> int:
-        """A fresh id for a call that is about to be sent."""
-        while self._next in self._calls:
-            self._next = (self._next + 1) % _IDS
-        call_id, self._next = self._next, (self._next + 1) % _IDS
-        self._calls[call_id] = CallerState.WAITING
-        return call_id
-
-    def forget(self, call_id: int) -> None:
-        """The call was never sent: no answer will come."""
-        self._calls.pop(call_id, None)
-
-    def abandon(self, call_id: int) -> bool:
-        """Nobody waits any more. True when the server should be told; False when the answer was there."""
-        if self._calls.get(call_id) is not CallerState.WAITING:
-            return False
-        self._calls[call_id] = CallerState.ABANDONED
-        return True
-
-    def answered(self, frame: Frame) -> ReplyFrame | ErrorFrame | None:
-        """Takes a frame of the server: the answer of a call that waits, or None if nobody does any more.
-
-        Raises :class:`ProtocolError` for a frame that is no answer, and for an answer nobody asked for.
-        """
-        if not isinstance(frame, ReplyFrame | ErrorFrame):
-            raise ProtocolError(f"RPC server sent a {type(frame).__name__}, which only clients send")
-        state = self._calls.pop(frame.call_id, None)
-        if state is None:
-            raise ProtocolError(f"RPC answer to call {frame.call_id}, which was not asked or was answered")
-        return frame if state is CallerState.WAITING else None
-
-
-# --- the side that is called --------------------------------------------------------------------------
-
-
-class CalleeLedger:
-    """The calls a server runs for one connection, and how many it may.
-
-    A call counts until its answer has left, so that a client that does not read cannot pile up answers; its
-    id is free as soon as the answer is on its way, for the client may use it again when it has the answer.
-    """
-
-    def __init__(self, max_concurrent: int) -> None:
-        self._limit = max_concurrent
-        self._running: set[int] = set()
-        self._answering = 0
-
-    def __len__(self) -> int:
-        """Calls that run or whose answer is on its way."""
-        return len(self._running) + self._answering
-
-    def received(self, frame: Frame) -> None:
-        """Checks a frame of the client. Raises :class:`ProtocolError` for one that only servers send, and for
-        a call with the id of one that runs."""
-        if not isinstance(frame, CallFrame | CancelFrame):
-            raise ProtocolError(f"RPC client sent a {type(frame).__name__}, which only servers send")
-        if isinstance(frame, CallFrame) and frame.call_id in self._running:
-            raise ProtocolError(f"RPC call with id {frame.call_id}, which is in use")
-
-    def begin(self, call_id: int) -> bool:
-        """True when the call may run; False when there are too many."""
-        if len(self) >= self._limit:
-            return False
-        self._running.add(call_id)
-        return True
-
-    def is_running(self, call_id: int) -> bool:
-        """False for an id that is not known: the cancel of a call and its answer may cross."""
-        return call_id in self._running
-
-    def answering(self, call_id: int) -> None:
-        """The call has ended, and its answer goes out."""
-        self._running.remove(call_id)
-        self._answering += 1
-
-    def answered(self) -> None:
-        """An answer has left."""
-        self._answering -= 1

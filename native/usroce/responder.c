@@ -205,11 +205,14 @@ bool resp_transmit(struct context *ctx, struct qp *qp, int budget)
             progress_starved(ctx, qp);
             return false;
         } else {
-            if (!send_read_response(ctx, qp, job)) {
+            bool sent = send_read_response(ctx, qp, job);
+
+            if (!sent && !job->repeated) {
                 break_off(ctx, qp, job->next);
                 return false;
             }
-            if (psn_diff(job->next, job->last_psn) <= 0)
+            /* A repeated answer whose region is gone: the peer has had it, or goes on asking. */
+            if (sent && psn_diff(job->next, job->last_psn) <= 0)
                 continue;
         }
         resp->jobs_tail++;

@@ -79,10 +79,23 @@ def test_one_sided() -> None:
 
 def test_rpc() -> None:
     text = served(["rpc_server.py"], ["rpc_client.py"])
-    assert "100 calls at the same time, all hashes right" in text
-    assert "divide b'84 2' = 42" in text
-    assert "failed with status invalid: division by zero" in text
-    assert "call of 'sleep' not answered within 0.2 s" in text
+    assert "the server is SERVING" in text
+    assert "stored 100 entries" in text
+    assert "100 calls at the same time, all replies right" in text
+    assert "scan found value 0, value 1, value 2, ..." in text
+    assert "all hashes right" in text
+    assert "failed with NOT_FOUND: there is no key 'nowhere'" in text
+    assert "failed with INVALID_ARGUMENT: the request is not valid: key: String should have" in text
+    assert "call of 'kv/sleep': DEADLINE_EXCEEDED" in text
+
+
+def test_the_rpc_server_ends_in_order() -> None:
+    with running("rpc_server.py") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdigit()
+        process.terminate()
+        text, _ = process.communicate()
+    assert (process.returncode, text) == (0, "")
 
 
 def test_demo() -> None:

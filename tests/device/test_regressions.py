@@ -193,3 +193,26 @@ async def test_a_pool_too_small_for_a_connection_says_so() -> None:
     async with aiordma.serve(_echo, "127.0.0.1", 0, config=config) as server:
         with pytest.raises((MemoryLimitError, aiordma.errors.BootstrapError)):
             await aiordma.connect("127.0.0.1", server.port, config=config)
+
+
+async def test_a_new_receiver_does_not_overtake_one_that_was_woken(pair: MakePair) -> None:
+    """Receivers that wait get the messages in the order they came, however late one is that was woken."""
+    both = await pair()
+    numbers = [b"%d" % i for i in range(200)]
+    order: list[tuple[int, bytes]] = []
+
+    async def receive(which: int) -> None:
+        order.append((which, await both.server.recv()))
+
+    receivers = [asyncio.ensure_future(receive(i)) for i in range(100)]
+    await asyncio.sleep(0)
+    sends = [both.client.send(number) for number in numbers]
+    while both.server.statistics().messages_received < 100:
+        await asyncio.sleep(0)
+        # The loop is in between: some receivers are woken, and others ask anew.
+        receivers.append(asyncio.ensure_future(receive(len(receivers))))
+        if len(receivers) == 200:
+            break
+    receivers += [asyncio.ensure_future(receive(i)) for i in range(len(receivers), 200)]
+    await asyncio.gather(*receivers, *sends)
+    assert [message for _, message in sorted(order)] == numbers

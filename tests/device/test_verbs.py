@@ -246,3 +246,32 @@ def test_impossible_sizes(bench: Bench) -> None:
             CompletionQueue(bench.context, size)
     with pytest.raises(DeviceError, match="ibv_create_qp"):
         QueuePair(bench.pd, bench.cq, max_send_wr=1 << 30, max_recv_wr=1)
+
+
+def test_a_window_is_bound_again_and_again(bench: Bench) -> None:
+    if not bench.context.attributes().memory_windows:
+        pytest.skip("no memory windows on this device")
+    buffer = bytearray(4096)
+    region = bench.pd.register(buffer, Access.LOCAL_WRITE | Access.MW_BIND)
+    window = MemoryWindow(bench.pd)
+    keys = []
+    for i in range(5):
+        window_key = bench.a.post_bind(1, window, region, region.address, 4096, Access.REMOTE_READ)
+        keys.append(window_key)
+        (bound,) = bench.completions(1)
+        assert bound.status == WcStatus.SUCCESS
+        buffer[0] = i
+        address, lkey = bench.region.address, bench.region.lkey
+        assert (
+            bench.b.post_send(
+                2, WrOpcode.RDMA_READ, SendFlags.SIGNALED, address, 1, lkey, region.address, window_key
+            )
+            == 0
+        )
+        (read,) = bench.completions(1)
+        assert (read.status, bench.buffer[0]) == (WcStatus.SUCCESS, i)
+        bench.a.post_invalidate(3, window_key)
+        assert bench.completions(1)[0].status == WcStatus.SUCCESS
+    assert len(set(keys)) == 5
+    window.close()
+    region.close()

@@ -1,4 +1,4 @@
-"""RPC frames and call ledgers: what goes in comes out, nonsense is a ProtocolError. No device, no loop."""
+"""RPC frames: what goes in comes out, nonsense is a ProtocolError. No device, no loop."""
 
 from __future__ import annotations
 
@@ -10,36 +10,55 @@ from hypothesis import strategies as st
 
 from aiordma.errors import MisuseError, ProtocolError
 from aiordma.protocol.rpc import (
-    HEADER_SIZE,
-    CalleeLedger,
-    CallerLedger,
+    MAX_DETAILS,
+    MAX_METADATA,
+    MAX_TIMEOUT,
     CallFrame,
+    CallKind,
     CancelFrame,
-    ErrorFrame,
+    EndFrame,
     Frame,
-    ReplyFrame,
-    Status,
-    call_overhead,
+    MessageFrame,
+    StatusCode,
+    StatusFrame,
+    WindowFrame,
+    check_timeout,
     decode,
+    decode_metadata,
     encode,
-    encode_error,
+    encode_metadata,
+    status_head,
 )
 
 IDS = st.integers(0, 2**32 - 1)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 METHODS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=63)
-STATUSES = st.from_regex(r"\A[a-z][a-z0-9-]{0,31}\Z") | st.sampled_from([str(s) for s in Status])
-DETAILS = st.text(st.characters(exclude_categories=["Cs"]))
+KEYS = st.from_regex(r"\A[a-z0-9_.-]{1,20}\Z").filter(lambda key: not key.endswith("-bin"))
+METADATA = st.dictionaries(KEYS, TEXT, max_size=3).flatmap(
+    lambda text: st.dictionaries(KEYS.map(lambda key: key + "-bin"), st.binary(), max_size=3).map(
+        lambda binary: {**text, **binary}
+    )
+)
+PLAIN_KINDS = st.sampled_from([CallKind.UNARY, CallKind.SERVER_STREAM])
+STREAM_KINDS = st.sampled_from([CallKind.CLIENT_STREAM, CallKind.BIDI])
+TIMEOUTS = st.integers(0, MAX_TIMEOUT)
 FRAMES = (
-    st.builds(CallFrame, IDS, METHODS, st.binary())
-    | st.builds(ReplyFrame, IDS, st.binary())
-    | st.builds(ErrorFrame, IDS, STATUSES, DETAILS)
+    st.builds(CallFrame, IDS, METHODS, PLAIN_KINDS, st.binary(), TIMEOUTS, METADATA)
+    | st.builds(CallFrame, IDS, METHODS, STREAM_KINDS, st.just(b""), TIMEOUTS, METADATA)
+    | st.builds(StatusFrame, IDS, st.just(0), TEXT, st.binary(), METADATA)
+    | st.builds(StatusFrame, IDS, st.integers(1, 255), TEXT, st.just(b""), METADATA)
+    | st.builds(MessageFrame, IDS, st.binary())
+    | st.builds(WindowFrame, IDS, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+    | st.builds(EndFrame, IDS)
     | st.builds(CancelFrame, IDS)
 )
 
 
 @given(FRAMES)
 def test_roundtrip(frame: Frame) -> None:
-    assert decode(encode(frame)) == frame
+    data = encode(frame)
+    assert decode(data) == frame
+    assert decode(memoryview(data)) == frame
 
 
 @given(st.binary(max_size=64))
@@ -54,20 +73,36 @@ def test_random_bytes_are_a_frame_or_a_protocol_error(data: bytes) -> None:
 @given(FRAMES, st.data())
 def test_a_damaged_frame_is_a_frame_or_a_protocol_error(frame: Frame, data: st.DataObject) -> None:
     damaged = bytearray(encode(frame))
-    damaged[data.draw(st.integers(0, min(len(damaged), 16) - 1))] = data.draw(st.integers(0, 255))
+    damaged[data.draw(st.integers(0, min(len(damaged), 48) - 1))] = data.draw(st.integers(0, 255))
     try:
         assert encode(decode(bytes(damaged))) == damaged
     except ProtocolError:
         pass
 
 
+@given(FRAMES, st.data())
+def test_a_shortened_frame_is_a_frame_or_a_protocol_error(frame: Frame, data: st.DataObject) -> None:
+    whole = encode(frame)
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    try:
+        assert encode(decode(cut)) == cut
+    except ProtocolError:
+        pass
+
+
 def test_layout() -> None:
     """The bytes that docs/protocol.md shows."""
-    assert encode(CallFrame(7, "echo", b"hi")) == bytes.fromhex("01 00 0004 00000007 6563686f 6869")
-    assert encode(ReplyFrame(7, b"hi")) == bytes.fromhex("02 00 0000 00000007 6869")
-    assert encode(ErrorFrame(7, "busy", "no")) == bytes.fromhex("03 00 0004 00000007 62757379 6e6f")
+    call = CallFrame(7, "kv/get", CallKind.UNARY, b"hi", 1_500_000, {"user": "me", "key-bin": b"\x01"})
+    assert encode(call) == bytes.fromhex(
+        "01 00 0006 00000007 000000000016e360 00000014 6b762f676574"
+        "04 0002 75736572 6d65 07 0001 6b65792d62696e 01 6869"
+    )
+    assert encode(MessageFrame(7, b"hi")) == bytes.fromhex("02 00 0000 00000007 6869")
+    assert encode(EndFrame(7)) == bytes.fromhex("03 00 0000 00000007")
     assert encode(CancelFrame(7)) == bytes.fromhex("04 00 0000 00000007")
-    assert len(encode(CallFrame(7, "écho", b""))) == call_overhead("écho")
+    assert encode(WindowFrame(7, 16, 4096)) == bytes.fromhex("05 00 0000 00000007 00000010 0000000000001000")
+    assert encode(StatusFrame(7, 0, "", b"hi")) == bytes.fromhex("06 00 0000 00000007 00000000 6869")
+    assert encode(StatusFrame(7, 5, "no")) == bytes.fromhex("06 05 0002 00000007 00000000 6e6f")
 
 
 @pytest.mark.parametrize(
@@ -76,17 +111,27 @@ def test_layout() -> None:
         b"",
         struct.pack("!BBH", 2, 0, 0),
         struct.pack("!BBHI", 0, 0, 0, 1),  # kind
-        struct.pack("!BBHI", 5, 0, 0, 1),
-        struct.pack("!BBHI", 2, 1, 0, 1),  # flags
-        struct.pack("!BBHI", 1, 0, 0, 1),  # a call of nothing
-        struct.pack("!BBHI", 1, 0, 9, 1) + b"short",
-        struct.pack("!BBHI", 1, 0, 256, 1) + b"m" * 256,
-        struct.pack("!BBHI", 1, 0, 1, 1) + b"\xff",
-        struct.pack("!BBHI", 2, 0, 1, 1) + b"m",  # a reply with a word
-        struct.pack("!BBHI", 3, 0, 0, 1),  # an error without a status
-        struct.pack("!BBHI", 3, 0, 4, 1) + b"Busy",
-        struct.pack("!BBHI", 3, 0, 4, 1) + b"busy\xff",
-        struct.pack("!BBHI", 4, 0, 0, 1) + b"x",  # a cancel with a payload
+        struct.pack("!BBHI", 7, 0, 0, 1),
+        struct.pack("!BBHI", 2, 1, 0, 1),  # a variant where there is none
+        struct.pack("!BBHI", 3, 0, 1, 1),  # a length where there is none
+        struct.pack("!BBHI", 3, 0, 0, 1) + b"x",  # an end with a payload
+        struct.pack("!BBHI", 4, 0, 0, 1) + b"x",
+        struct.pack("!BBHI", 5, 0, 0, 1),  # half a window
+        struct.pack("!BBHIIQ", 5, 0, 0, 1, 1, 1) + b"x",
+        struct.pack("!BBHI", 1, 0, 1, 1) + b"m",  # a call without the rest of its header
+        struct.pack("!BBHIQI", 1, 4, 1, 1, 0, 0) + b"m",  # an unknown kind of call
+        struct.pack("!BBHIQI", 1, 0, 0, 1, 0, 0),  # a call of nothing
+        struct.pack("!BBHIQI", 1, 0, 9, 1, 0, 0) + b"short",
+        struct.pack("!BBHIQI", 1, 0, 256, 1, 0, 0) + b"m" * 256,
+        struct.pack("!BBHIQI", 1, 0, 1, 1, 0, 0) + b"\xff",
+        struct.pack("!BBHIQI", 1, 0, 1, 1, MAX_TIMEOUT + 1, 0) + b"m",
+        struct.pack("!BBHIQI", 1, 0, 1, 1, 0, 9) + b"m",  # metadata that is not there
+        struct.pack("!BBHIQI", 1, 0, 1, 1, 0, MAX_METADATA + 1) + b"m" + bytes(MAX_METADATA + 1),
+        struct.pack("!BBHIQI", 1, 1, 1, 1, 0, 0) + b"mx",  # a stream of requests, and a payload
+        struct.pack("!BBHI", 6, 0, 0, 1),  # a status without the rest of its header
+        struct.pack("!BBHII", 6, 5, 0, 1, 0) + b"x",  # an error with a reply
+        struct.pack("!BBHII", 6, 5, 1, 1, 0) + b"\xff",
+        struct.pack("!BBHII", 6, 5, MAX_DETAILS + 1, 1, 0) + b"x" * (MAX_DETAILS + 1),
     ],
 )
 def test_malformed(data: bytes) -> None:
@@ -94,85 +139,78 @@ def test_malformed(data: bytes) -> None:
         decode(data)
 
 
-@pytest.mark.parametrize("method", ["", "m" * 256, "é" * 128, "\ud800"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x01",
+        b"\x01\x00\x02a1",  # less than it says
+        b"\x00\x00\x01x",  # no key
+        b"\x01\x00\x00A",  # a bad key
+        b"\x01\x00\x00a" * 2,  # twice
+        b"\x01\x00\x01a\xff",  # text that is none
+        b"\x01\x00\x00\xff",
+    ],
+)
+def test_malformed_metadata(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_metadata(data)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"Key": "x"},
+        {"": "x"},
+        {"k" * 256: "x"},
+        {"k": b"bytes"},
+        {"k-bin": "text"},
+        {"k": 5},
+        {5: "x"},
+        {"k": "\ud800"},
+        {"k": "x" * 70_000},
+        {f"k{i}": "x" * 1000 for i in range(9)},
+    ],
+)
+def test_bad_metadata_is_misuse(metadata: dict[str, str]) -> None:
+    with pytest.raises(MisuseError, match="metadata"):
+        encode_metadata(metadata)
+
+
+@pytest.mark.parametrize("method", ["", "m" * 256, "é" * 128, "\ud800", 5])
 def test_bad_method_is_misuse(method: str) -> None:
     with pytest.raises(MisuseError):
         encode(CallFrame(1, method))
 
 
-@pytest.mark.parametrize("status", ["", "Busy", "-x", "x" * 33, "not found"])
-def test_bad_status_is_misuse(status: str) -> None:
-    with pytest.raises(MisuseError):
-        encode(ErrorFrame(1, status))
+@given(IDS, st.integers(1, 16), st.text())
+def test_details_are_cut_to_what_a_status_carries(call_id: int, code: int, details: str) -> None:
+    details = details * 300
+    frame = decode(status_head(call_id, code, details))
+    assert isinstance(frame, StatusFrame)
+    assert len(frame.details.encode()) <= MAX_DETAILS
+    clean = details.encode(errors="replace").decode()
+    assert clean.startswith(frame.details)
+    assert (
+        len(clean.encode()) - len(frame.details.encode()) < 4 or len(frame.details.encode()) > MAX_DETAILS - 4
+    )
 
 
-@given(IDS, STATUSES, DETAILS, st.integers(64, 256))
-def test_error_details_are_cut_to_the_limit(call_id: int, status: str, details: str, limit: int) -> None:
-    data = encode_error(call_id, status, details, limit)
-    frame = decode(data)
-    assert len(data) <= limit
-    assert isinstance(frame, ErrorFrame)
-    assert details.startswith(frame.details)
-    if len(details.encode()) <= limit - HEADER_SIZE - len(status):
-        assert frame.details == details
+@pytest.mark.parametrize(
+    ("seconds", "microseconds"),
+    [(None, 0), (1e-9, 1), (0, 1), (1.5, 1_500_000), (1e12, 0), (float("inf"), 0)],
+)
+def test_timeouts(seconds: float | None, microseconds: int) -> None:
+    assert check_timeout(seconds) == microseconds
 
 
-def test_caller_answers_once() -> None:
-    calls = CallerLedger()
-    first, second = calls.begin(), calls.begin()
-    assert first != second
-    assert calls.answered(ReplyFrame(second, b"x")) == ReplyFrame(second, b"x")
-    with pytest.raises(ProtocolError, match="not asked"):
-        calls.answered(ReplyFrame(second))
-    assert calls.answered(ErrorFrame(first, "busy")) == ErrorFrame(first, "busy")
-    assert len(calls) == 0
+@pytest.mark.parametrize("seconds", ["1", float("nan")])
+def test_bad_timeouts(seconds: float) -> None:
+    with pytest.raises(MisuseError, match="timeout"):
+        check_timeout(seconds)
 
 
-def test_caller_drops_the_answer_of_an_abandoned_call() -> None:
-    calls = CallerLedger()
-    call_id = calls.begin()
-    assert calls.abandon(call_id)
-    assert not calls.abandon(call_id)
-    assert len(calls) == 1
-    assert calls.answered(ReplyFrame(call_id)) is None
-    assert not calls.abandon(call_id)
-    assert len(calls) == 0
-
-
-def test_caller_does_not_reuse_an_id_in_use() -> None:
-    calls = CallerLedger(first_id=2**32 - 1)
-    last, zero = calls.begin(), calls.begin()
-    assert (last, zero) == (2**32 - 1, 0)
-    calls._next = last
-    assert calls.begin() == 1
-    calls.forget(zero)
-    calls._next = last
-    assert calls.begin() == 0
-
-
-@pytest.mark.parametrize("frame", [CallFrame(1, "m"), CancelFrame(1)])
-def test_caller_refuses_what_only_clients_send(frame: Frame) -> None:
-    with pytest.raises(ProtocolError):
-        CallerLedger().answered(frame)
-
-
-@pytest.mark.parametrize("frame", [ReplyFrame(1), ErrorFrame(1, "busy")])
-def test_callee_refuses_what_only_servers_send(frame: Frame) -> None:
-    with pytest.raises(ProtocolError):
-        CalleeLedger(1).received(frame)
-
-
-def test_callee_counts_until_the_answer_has_left() -> None:
-    calls = CalleeLedger(1)
-    assert calls.begin(1)
-    assert not calls.begin(2)
-    with pytest.raises(ProtocolError, match="in use"):
-        calls.received(CallFrame(1, "m"))
-    calls.received(CancelFrame(1))
-    assert calls.is_running(1)
-    calls.answering(1)
-    assert not calls.is_running(1)
-    calls.received(CallFrame(1, "m"))  # the client may have the answer before we know that it left
-    assert not calls.begin(1)
-    calls.answered()
-    assert calls.begin(1)
+def test_codes_are_those_of_grpc() -> None:
+    assert [code.name for code in StatusCode][:5] == [
+        *("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED")
+    ]
+    assert (StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE, StatusCode.UNAUTHENTICATED) == (8, 14, 16)

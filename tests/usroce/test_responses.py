@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiordma.verbs import usroce
+from aiordma.verbs import Access, usroce
 from tests.usroce.ends import Card, End
 from tests.usroce.frames import Endpoint, Opcode, Packet, atomic, bth, padded, reth, seal
 from tests.usroce.processes import free_loopback_address
@@ -88,6 +88,20 @@ def test_an_acknowledgement_is_never_of_a_read_or_atomic(peer: Peer) -> None:
     assert {psn for opcode, psn in found if opcode == Opcode.ACKNOWLEDGE} == {7, 10}
     assert int.from_bytes(peer.end.memory[:8], "little") == 5, "added once"
     assert peer.end.memory[200:204] == b"more"
+
+
+def test_a_read_is_asked_for_again_when_its_region_is_gone(peer: Peer) -> None:
+    """The peer had its answer and said so, and its repeated request was still on the way: no offence."""
+    peer.read(4096, 7, 0)
+    peer.answers((Opcode.READ_LAST, 10))
+    memory = bytearray(64)
+    with peer.end.pd.register(memory, Access.LOCAL_WRITE | Access.REMOTE_WRITE) as other:
+        peer.end.region.close()
+        peer.read(4096, 7, 0)
+        place = reth(other.address, other.rkey, 4)
+        peer.send(Opcode.WRITE_ONLY, 11, place + b"data")
+        assert (Opcode.ACKNOWLEDGE, 11) in peer.answers((Opcode.ACKNOWLEDGE, 11))
+    assert memory[:4] == b"data"
 
 
 def test_packets_without_a_udp_checksum(peer: Peer) -> None:

@@ -1,0 +1,308 @@
+"""The calls of one connection, at the server.
+
+One loop receives; each call runs in a task of its own. A call is answered exactly once, and at once: when its
+handler has ended, from the task's done callback, or before that when it is cancelled or its deadline has passed.
+The task is cancelled then, but what a handler makes of that harms nobody's answer; it keeps its place in the
+limits until it has really ended.
+
+Refusals are awaited before the next frame is read: a client that does not read them cannot make them pile up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from ..errors import (
+    ConnectionClosedError,
+    MemoryLimitError,
+    MessageTooLargeError,
+    MisuseError,
+    ProtocolError,
+    RdmaError,
+)
+from ..large_messages import LargeSend
+from ..protocol.rpc import (
+    CallFrame,
+    CancelFrame,
+    EndFrame,
+    MessageFrame,
+    Payload,
+    StatusCode,
+    WindowFrame,
+    decode,
+    status_head,
+)
+from ..protocol.rpc_admission import Lane, Verdict
+from ..protocol.rpc_calls import CalleeCall, CalleeCalls
+from ..transport import Connection
+from .context import InvalidReplyError, ServerContext
+from .errors import RpcError
+from .pacing import Sent, send_frame, slices
+
+if TYPE_CHECKING:
+    from .server import RpcServer
+
+#: Calls of health and reflection that one connection may have running; they are not counted otherwise.
+_MAX_EXEMPT = 64
+
+
+class Serving:
+    """One connection of an :class:`RpcServer`."""
+
+    def __init__(self, server: RpcServer, connection: Connection) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.server = server
+        self.connection = connection
+        self.lane: Lane[ServerContext] = Lane()
+        self._calls: CalleeCalls[ServerContext] = CalleeCalls()
+        self._tasks: set[asyncio.Task[Payload]] = set()
+        self._exempt = 0
+
+    async def run(self) -> None:
+        """Serves until the connection has ended, and then sees to the handlers that still run."""
+        try:
+            while True:
+                answer = self._received(await self.connection.recv())
+                if answer is not None:
+                    await answer
+        except ConnectionClosedError:
+            pass  # in order
+        finally:
+            await self._end()
+
+    # --- frames --------------------------------------------------------------------------------------
+
+    def _received(self, message: bytes) -> Sent | None:
+        """A frame of the client. Returns an answer that is to leave before the next frame is read. Raises
+        :class:`ProtocolError` after failing the connection."""
+        try:
+            frame = decode(slices(message))
+            call = self._calls.received(frame, self.loop.time())
+        except ProtocolError as error:
+            self.connection.fail(error)  # closes, and tells the client why
+            raise
+        if call is None:
+            return None
+        if isinstance(frame, CallFrame):
+            return self._begin(frame, call)
+        context = call.owner
+        assert context is not None
+        if isinstance(frame, MessageFrame):
+            return self._message(context, frame.payload)
+        if isinstance(frame, EndFrame):
+            assert context._incoming is not None
+            context._incoming.end()
+        elif isinstance(frame, WindowFrame):
+            assert context._outgoing is not None
+            context._outgoing.opened()
+        elif isinstance(frame, CancelFrame):
+            self.stop(context, RpcError(StatusCode.CANCELLED, "the caller cancelled the call"))
+        return None
+
+    def _message(self, context: ServerContext, payload: Payload) -> Sent | None:
+        assert context._incoming is not None
+        try:
+            self.check_size(payload, "a request")
+        except RpcError as error:
+            self.stop(context, error)
+            return context._answer
+        context._incoming.put(payload)
+        return None
+
+    def check_size(self, payload: Payload, what: str) -> None:
+        """Raises :class:`RpcError` for a message larger than the server allows."""
+        limit = self.server.max_message_size
+        if len(payload) > limit:
+            raise RpcError(
+                StatusCode.RESOURCE_EXHAUSTED, f"{what} of {len(payload)} bytes; the server allows {limit}"
+            )
+
+    # --- a call begins -------------------------------------------------------------------------------
+
+    def _begin(self, frame: CallFrame, call: CalleeCall[ServerContext]) -> Sent | None:
+        try:
+            context = call.owner = self._admit(frame, call)
+        except RpcError as error:
+            self.server.refused += 1
+            return self._send_status(call, error.code, error.details, b"", b"")
+        self.server._accepted(context)
+        longest = self.server.max_call_time
+        if longest is not None:
+            call.limit(self.loop.time() + longest)
+        context._set_deadline(self._expired)
+        return None
+
+    def _admit(self, frame: CallFrame, call: CalleeCall[ServerContext]) -> ServerContext:
+        """Raises :class:`RpcError` for a call that is refused."""
+        server = self.server
+        method = server.method(frame.method)
+        if method is None:
+            raise RpcError(StatusCode.UNIMPLEMENTED, f"there is no method {frame.method!r}")
+        if method.kind != frame.kind:
+            raise RpcError(
+                StatusCode.UNIMPLEMENTED,
+                f"{frame.method!r} is {method.kind.name}, and was called as {frame.kind.name}",
+            )
+        self.check_size(frame.payload, "a request")
+        context = ServerContext(self, call, frame, method)
+        if method.exempt:
+            if self._exempt >= _MAX_EXEMPT:
+                raise RpcError(StatusCode.RESOURCE_EXHAUSTED, f"{self._exempt} calls of {method.name!r} run")
+            self.start(context)
+            return context
+        if server.draining:
+            raise RpcError(StatusCode.UNAVAILABLE, "the server is shutting down")
+        verdict, reason = server.admission.offer(self.lane, context, len(frame.payload))
+        if verdict is Verdict.REFUSED:
+            raise RpcError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: {reason}")
+        if verdict is Verdict.RUN:
+            self.start(context)
+        return context
+
+    def start(self, context: ServerContext) -> None:
+        """Runs the handler in a task. The call has its place in the limits, or needs none."""
+        if context._method.exempt:
+            self._exempt += 1
+        else:
+            context._placed = True
+        handler = self.server.handler(context._method)
+        task = self.loop.create_task(context._run(handler), name=f"aiordma RPC {context._method.name}")
+        context._task = task
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._ended(context, task))
+
+    # --- a call ends ---------------------------------------------------------------------------------
+
+    def _ended(self, context: ServerContext, task: asyncio.Task[Payload]) -> None:
+        """The handler has ended. A callback: no cancellation can come between it and its answer."""
+        self._tasks.discard(task)
+        if context._method.exempt:
+            self._exempt -= 1
+        else:
+            self.server.admission.handler_ended(self.lane)
+        error = self._error(context, task)
+        if context._ended is None:
+            self._answer(context, error, task.result() if error is None else b"")
+        self._leave_when_answered(context)
+        self.server._start_waiting()
+
+    def _error(self, context: ServerContext, task: asyncio.Task[Payload]) -> RpcError | None:
+        """Why the call has no result; reports what nobody foresaw."""
+        if task.cancelled():
+            return RpcError(StatusCode.CANCELLED, "the handler was cancelled")
+        error = task.exception()
+        if error is None:
+            return None
+        # An RpcError with a method is another server's answer, which was not meant for this caller.
+        if isinstance(error, RpcError) and error.method is None:
+            if isinstance(error, InvalidReplyError):
+                self._report(context, error)
+            return self._with_metadata(context, error)
+        if context._ended is None or not isinstance(error, RdmaError):
+            self._report(context, error)
+        return RpcError(StatusCode.UNKNOWN, f"the handler raised {type(error).__name__}")
+
+    def _with_metadata(self, context: ServerContext, error: RpcError) -> RpcError:
+        """Takes the metadata of an error that a handler raised."""
+        if error.trailing_metadata and context._ended is None:
+            try:
+                context.set_trailing_metadata(error.trailing_metadata)
+            except MisuseError as misuse:
+                self._report(context, misuse)
+        return error
+
+    def _report(self, context: ServerContext, error: BaseException) -> None:
+        message = f"RPC method {context.method!r}, called by {self.connection.peer}, failed"
+        self.loop.call_exception_handler({"message": message, "exception": error})
+
+    def _expired(self, context: ServerContext) -> None:
+        context._timer = None
+        self.stop(context, RpcError(StatusCode.DEADLINE_EXCEEDED, "the call was not answered in time"))
+
+    def stop(self, context: ServerContext, error: RpcError) -> None:
+        """Ends a call before its handler does: answers it, and cancels the handler if it runs."""
+        if context._ended is None:
+            self._answer(context, error, b"")
+        if context._task is not None:
+            context._task.cancel()
+        else:
+            self.server.admission.withdraw(self.lane, context)
+            self._leave_when_answered(context)
+
+    def _answer(self, context: ServerContext, error: RpcError | None, payload: Payload) -> None:
+        call = context._call
+        if error is None:
+            code, details = StatusCode.OK, ""
+            error = RpcError(StatusCode.CANCELLED, "the call has ended")
+        else:
+            code, details = error.code, error.details
+        context._close(error)
+        context._answer = self._send_status(call, code, details, context._trailing, payload)
+
+    def _send_status(
+        self,
+        call: CalleeCall[ServerContext],
+        code: StatusCode,
+        details: str,
+        trailing: bytes,
+        payload: Payload,
+    ) -> Sent | None:
+        if not self._calls.answer(call):
+            return None
+        self.server._count(code)
+        if self.connection.is_closing():
+            return None
+        try:
+            sent = send_frame(self.connection, status_head(call.call_id, code, details, trailing), payload)
+        except (MessageTooLargeError, MemoryLimitError) as error:
+            return self._reply_failed(call, error)
+        if isinstance(sent, LargeSend):
+            sent.add_done_callback(lambda sent: self._large_ended(call, sent))
+        return sent
+
+    def _large_ended(self, call: CalleeCall[ServerContext], sent: asyncio.Future[Any]) -> None:
+        if not self.connection.is_closing() and not sent.cancelled() and (error := sent.exception()):
+            self._reply_failed(call, error)
+
+    def _reply_failed(self, call: CalleeCall[ServerContext], error: BaseException) -> Sent:
+        """A large reply cannot be sent, by itself: the caller hears that instead."""
+        self.loop.call_exception_handler(
+            {"message": f"an RPC reply to {self.connection.peer} cannot be sent", "exception": error}
+        )
+        details = f"the reply cannot be sent: {error}"
+        return send_frame(self.connection, status_head(call.call_id, StatusCode.RESOURCE_EXHAUSTED, details))
+
+    def _leave_when_answered(self, context: ServerContext) -> None:
+        """The handler has ended, or never began: what is left is the answer, on its way."""
+        answer = context._answer
+        if answer is None or answer.done():
+            self._leave(context)
+        else:
+            answer.add_done_callback(lambda _: self._leave(context))
+
+    def _leave(self, context: ServerContext) -> None:
+        if context._placed:
+            context._placed = False
+            self.server.admission.answer_left(self.lane)
+            self.server._start_waiting()
+        self.server._left(context)
+
+    # --- the end of the connection -------------------------------------------------------------------
+
+    async def _end(self) -> None:
+        """Cancels what runs and waits for it, for a limited time: a handler that ignores its cancellation is
+        reported and left to itself."""
+        self.server.admission.close(self.lane)
+        lost = RpcError(StatusCode.CANCELLED, "the connection has ended")
+        for call in self._calls.open_calls():
+            if call.owner is not None:
+                self.stop(call.owner, lost)
+        for task in self._tasks:
+            task.cancel()
+        if not self._tasks:
+            return
+        try:
+            await asyncio.wait(self._tasks, timeout=self.server.cancel_grace)
+        finally:
+            self.server._report_stubborn(self._tasks)
