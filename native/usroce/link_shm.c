@@ -71,6 +71,7 @@ struct channel {
     struct channel *next_dirty;
     bool short_of_room;         /* producer: somebody waits for it */
     bool fresh;                 /* consumer: nothing taken yet */
+    bool changing;              /* ... but it has frames, and had them before UDP was read */
     bool drained;               /* consumer, ending: nothing is left */
 };
 
@@ -664,22 +665,31 @@ static void rotate(struct shm_link *shm)
     first->next = NULL;
 }
 
-/* `behind_udp`: UDP had frames just now, which come before those of a fresh channel. */
+/* Whether it is the turn of the frames in the ring: a fresh channel waits until UDP was read, with nothing there. */
+static bool may_begin(struct shm_link *shm, struct channel *channel, bool behind_udp)
+{
+    if (!channel->fresh)
+        return true;
+    if (channel->changing && !behind_udp) {
+        channel->fresh = false;
+        shm->num_fresh--;
+        return true;
+    }
+    if (has_frames(channel))
+        shm->left = true;
+    else if (channel->state == CHANNEL_ENDING)
+        channel->drained = true;
+    return false;
+}
+
+/* `behind_udp`: UDP had frames just now. */
 static int take_frames(struct shm_link *shm, struct view *views, int max, bool behind_udp)
 {
     int count = 0;
 
     for (struct channel *channel = shm->in; channel; channel = channel->next) {
-        if (!channel->shared || channel->drained)
+        if (!channel->shared || channel->drained || !may_begin(shm, channel, behind_udp))
             continue;
-        if (channel->fresh && has_frames(channel)) {
-            if (behind_udp) {
-                shm->left = true;
-                continue;
-            }
-            channel->fresh = false;
-            shm->num_fresh--;
-        }
         count += take_batch(shm, channel, views + count, max - count);
     }
     if (shm->left && shm->in && shm->in->next)
@@ -703,14 +713,19 @@ static bool is_time_to_look(struct shm_link *shm)
     return ++shm->calls >= (shm->busy || !shm->in ? LOOK_BUSY : LOOK_EMPTY) || shm->look;
 }
 
-/* Whether a fresh channel has frames: UDP is to be read before them. */
-static bool changes_over(const struct shm_link *shm)
+/* Whether a fresh channel has frames: UDP is to be read before them, and after they were seen. */
+static bool changes_over(struct shm_link *shm)
 {
-    const struct channel *channel = shm->num_fresh ? shm->in : NULL;
+    struct channel *channel = shm->num_fresh ? shm->in : NULL;
+    bool any = false;
 
-    while (channel && !(channel->fresh && has_frames(channel)))
-        channel = channel->next;
-    return channel;
+    for (; channel; channel = channel->next) {
+        channel->changing = channel->fresh && has_frames(channel);
+        any = any || channel->changing;
+    }
+    /* The kernel's queue, which the sender filled first, is looked at after its ring. */
+    atomic_thread_fence(memory_order_acquire);
+    return any;
 }
 
 static int shm_receive(struct link *link, struct view *views, int max)
@@ -722,7 +737,7 @@ static int shm_receive(struct link *link, struct view *views, int max)
     release_taken(shm);
     shm->left = false;
     udp = is_time_to_look(shm) && look(shm);
-    if (udp || !shm->in || shm->udp_has_more || changes_over(shm))
+    if (changes_over(shm) || udp || !shm->in || shm->udp_has_more)
         count = receive_udp(shm, views, max);
     return count + take_frames(shm, views + count, max - count, count > 0);
 }
