@@ -5,7 +5,8 @@ sends and receives into a file that Wireshark reads. Both are for tests, and for
 Functions that take a context raise :class:`~aiordma.errors.MisuseError` for any other device.
 
 Settings are of the process, for devices that are opened from then on; they come before the environment
-variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM`` and ``_MEMLOCK``.
+variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM`` and
+``_MEMLOCK``.
 """
 
 from __future__ import annotations

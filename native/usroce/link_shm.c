@@ -1,25 +1,25 @@
-/* A ground for peers on one host: frames for a device of the same user go through memory that both share, all others
- * over the UDP link that this one owns.
+/* A ground for peers on one host: frames for a device of the same user go through memory that both share, all
+ * others over the UDP link that this one owns.
  *
  * Each device listens at an abstract UNIX socket named after its UDP endpoint; the names belong to the network
- * namespace, as the endpoint does. Who is about to send somewhere (prepare) connects there. Nobody listens: the peer
- * is elsewhere, or has no shared memory, and UDP it is. The owner of the other end is another user: UDP, and counted.
- * Else the sender makes memory with a ring for its direction (ring.h) and passes it on; when the other side says that
- * it has mapped it, frames go there. The connection stays: one byte wakes the other end, the consumer for frames
- * and the producer for room, and its end is the peer's end. So a channel has one direction, and two devices have one
- * channel for each.
+ * namespace, as the endpoint does. Who is about to send somewhere (prepare) connects there. Nobody listens: the
+ * peer is elsewhere, or has no shared memory, and UDP it is. The owner of the other end is another user: UDP, and
+ * counted. Else the sender makes memory with a ring for its direction (ring.h) and passes it on; when the other
+ * side says that it has mapped it, frames go there. The connection stays: one byte wakes the other end, the
+ * consumer for frames and the producer for room, and its end is the peer's end. So a channel has one direction,
+ * and two devices have one channel for each.
  *
  * Whoever is of the same user could debug us as well; all the same the peer can neither crash nor block us. The
  * memory is sealed against shrinking, or it would not be mapped, for reading beyond its end is a SIGBUS. What is
  * read from it is checked (ring.h). No socket call waits: each says so itself, since the flags of a description
- * that was passed would be in the peer's hands too. A peer that dies at any moment leaves a ring whose published part
- * is whole; it is read to its end.
+ * that was passed would be in the peer's hands too. A peer that dies at any moment leaves a ring whose published
+ * part is whole; it is read to its end.
  *
- * Order. What was sent over UDP before the first frame in a new ring is in the socket by then, on one host; so the
- * socket is read first, once, and the change of the way makes no gap that would be repaired in vain.
+ * Order. What was sent over UDP before the first frame in a new ring is in the socket by then, on one host; so
+ * the socket is read first, once, and the change of the way makes no gap that would be repaired in vain.
  *
- * Looking at sockets is a system call, at rings is none. With channels open, sockets are looked at now and then while
- * polling (LOOK_EMPTY, LOOK_BUSY), and always before and after a sleep. */
+ * Looking at sockets is a system call, at rings is none. With channels open, sockets are looked at now and then
+ * while polling (LOOK_EMPTY, LOOK_BUSY), and always before and after a sleep. */
 #define _GNU_SOURCE /* memfd_create, accept4, struct ucred */
 #include <errno.h>
 #include <fcntl.h>
@@ -587,8 +587,8 @@ static void channel_event(struct shm_link *shm, struct channel *channel)
     }
 }
 
-/* Connections, and whether UDP has something. An event is for another descriptor each, so no channel that one ends is
- * met again. */
+/* Connections, and whether UDP has something. An event is for another descriptor each, so no channel that one
+ * ends is met again. */
 static bool look(struct shm_link *shm)
 {
     struct epoll_event events[EVENTS];

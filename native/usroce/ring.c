@@ -8,8 +8,9 @@ enum {
     SKIP = 1,
     SEALED = 2, /* the ICRC of the frame is there and to be checked */
     EARLY_PUBLISH = 16 << 10, /* bytes: so the consumer can begin */
-    KEEP_TO = 64 << 10,       /* bytes at the start that are used while they are enough */
+    KEEP_TO = 1 << 20,        /* bytes at the start that are used while they are enough */
     KEEP_STEP = 16 << 10,     /* ... bytes beyond them between questions whether they are */
+    KEEP_USED = 32 << 10,     /* ... bytes that may be used then */
 };
 
 #define OFFSET(position) ((position) & (uint32_t)(RING_BYTES - 1))
@@ -53,15 +54,16 @@ static void skip_to_start(struct ring_producer *ring)
     ring->head += RING_BYTES - offset;
 }
 
-/* Whether a ring that went far enough holds so little that it can go on at its start: there it stays in the cache,
- * and takes less memory. Asked now and then only, since the answer is in a line of the consumer's. What is skipped
- * counts as used; it fits, for what is used and needed is less than what lies before `offset`. */
+/* Whether a ring that went far enough holds so little that it can go on at its start: there it stays in the
+ * cache, and takes less memory. Asked now and then only, since the answer is in a line of the consumer's. What is
+ * skipped counts as used until the consumer has passed it, so what lies before `offset` is all the room there is
+ * meanwhile: a datagram too much is lost, therefore KEEP_TO is no smaller. */
 static bool starts_over(struct ring_producer *ring, uint32_t need)
 {
     uint32_t offset = OFFSET(ring->head);
 
     return offset >= KEEP_TO && offset / KEEP_STEP != (offset + need) / KEEP_STEP && read_tail(ring) &&
-           ring->head - ring->tail <= KEEP_TO / 2;
+           ring->head - ring->tail <= KEEP_USED;
 }
 
 static void copy_frame(uint8_t *to, const struct frame *frame)

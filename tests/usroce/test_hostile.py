@@ -191,7 +191,7 @@ class Target:
 
 @pytest.fixture
 def target(address: str) -> Iterator[Target]:
-    # What is hostile here comes over UDP, one packet for each poll; tests/native/test_link_shm.c is about the memory.
+    # What is hostile here comes over UDP, one packet a poll; tests/native/test_link_shm.c is about the memory.
     with usroce.options(address=address, shm="0"):
         context = usroce.usroce_device().open()
     with context:
