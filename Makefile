@@ -10,13 +10,14 @@ RXE := $(PY) -m tools.rxe run --
 # The virtual machine is slow at compiling: byte code must be written. (Python takes empty for unset.)
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint sanitize fuzz bench bench-usroce bench-messaging setup clean
+.PHONY: help demo test lint docs sanitize fuzz bench bench-usroce bench-messaging setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      a first look: two processes on usroce, the device in user space"
 	@echo "make test      the test suite: without a device, on usroce, on soft RoCE [ARGS=\"pytest arguments\"]"
-	@echo "make lint      ruff, mypy --strict, the C code with -Werror"
+	@echo "make lint      ruff, mypy --strict, the C code with -Werror, the documentation"
+	@echo "make docs      the documentation as a site, in build-docs/"
 	@echo "make sanitize  the tests with the C code under ASan and UBSan [ARGS=\"pytest arguments\"]"
 	@echo "make fuzz      hostile packets, invented by libFuzzer; needs clang [ARGS=\"SECONDS\"]"
 	@echo "make bench     benchmarks on a soft-RoCE device [ARGS=\"benchmarks.core arguments\"]"
@@ -36,6 +37,10 @@ test:
 lint:
 	@$(PYTHON3) tools/setup.py --for lint
 	@$(PY) -m tools.suite lint
+
+docs:
+	@$(PYTHON3) tools/setup.py --for docs
+	@$(PY) -m tools.suite docs
 
 sanitize:
 	@$(PYTHON3) tools/setup.py --for test

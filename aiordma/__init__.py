@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .connect import Server, connect, serve
     from .mr_pool import Lease
     from .regions import RemoteRegion
+    from .streams import create_connection, create_server, open_connection, start_server
     from .transport import Batch, Connection
     from .verbs import devices
 
@@ -29,8 +30,12 @@ _LAZY = {
     "RemoteRegion": ".regions",
     "Server": ".connect",
     "connect": ".connect",
+    "create_connection": ".streams",
+    "create_server": ".streams",
     "devices": ".verbs",
+    "open_connection": ".streams",
     "serve": ".connect",
+    "start_server": ".streams",
 }
 
 __all__ = [
@@ -42,9 +47,13 @@ __all__ = [
     "Server",
     "__version__",
     "connect",
+    "create_connection",
+    "create_server",
     "devices",
     "errors",
+    "open_connection",
     "serve",
+    "start_server",
 ]
 
 

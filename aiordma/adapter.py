@@ -8,6 +8,7 @@ has left, so a program that has no connection holds no device. A usroce device t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import weakref
@@ -17,12 +18,19 @@ from .config import Config
 from .cq_reactor import CqReactor
 from .errors import DeviceError
 from .mr_pool import MemoryPool
+from .shared_receives import SharedReceives
+from .staging import Scratch, StagingPool
 from .verbs import Context, Device, ProtectionDomain, Transport, devices, usroce
 from .verbs.gid_choice import Address, GidChoice, choose_gid, interface_addresses
 from .verbs.provider import usroce_is_off
 
 #: What tells adapters of one loop apart: the device, and for usroce the addresses it was given.
 _Key = tuple[str, str | None]
+
+#: Receives of one shared queue, at most: some 1,800 connections that are idle. Beyond that, another queue is made.
+_SHARED_CAPACITY = 16_384
+#: A device that takes fewer is not worth it.
+_MIN_SHARED = 1024
 
 _adapters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, Adapter]] = (
     weakref.WeakKeyDictionary()
@@ -48,6 +56,9 @@ class Adapter:
                 context, inline_spin_us=config.inline_spin_us, turn_spin_us=config.turn_spin_us
             )
             self.pool = MemoryPool(self.pd, config)
+            self._staging: dict[int, StagingPool] = {}
+            self._scratch: dict[int, Scratch] = {}
+            self._shared: dict[tuple[int, int], list[SharedReceives]] = {}
         except Exception:
             context.close()
             raise
@@ -57,16 +68,56 @@ class Adapter:
         self.users += 1
         return self
 
+    def staging(self, size: int) -> StagingPool:
+        """The staging buffers of ``size`` bytes."""
+        pool = self._staging.get(size)
+        if pool is None:
+            pool = self._staging[size] = StagingPool(self.pool, size)
+        return pool
+
+    def scratch(self, size: int) -> Scratch:
+        """Where inline data of up to ``size`` bytes is put together."""
+        scratch = self._scratch.get(size)
+        if scratch is None:
+            scratch = self._scratch[size] = Scratch(size)
+        return scratch
+
+    @property
+    def can_share_receives(self) -> bool:
+        """True when the device has shared receive queues."""
+        return self.attributes.max_srq > 0 and self.attributes.max_srq_wr >= _MIN_SHARED
+
+    def shared_receives(self, size: int, limit: int, minimum: int, control: int) -> SharedReceives:
+        """A shared receive queue with buffers of ``size`` bytes, and room for one connection more. Raises
+        :class:`DeviceError` when the device gives no other."""
+        queues = self._shared.setdefault((size, limit), [])
+        for queue in queues:
+            if queue.has_room(minimum, control):
+                return queue
+        attributes = self.attributes
+        queue = SharedReceives(
+            pd=self.pd,
+            reactor=self.reactor,
+            memory=self.pool,
+            size=size,
+            limit=limit,
+            capacity=min(_SHARED_CAPACITY, attributes.max_srq_wr, attributes.max_cqe // 2),
+        )
+        queues.append(queue)
+        return queue
+
     def release(self) -> None:
         """One user less; the last one closes the device."""
         self.users -= 1
         if self.users == 0:
             _adapters.get(self.loop, {}).pop(self._key, None)
-            try:
-                self.pool.close()
-            finally:
-                self.reactor.close()
-                self.context.close()
+            steps = [queue.close for queues in self._shared.values() for queue in queues]
+            with contextlib.ExitStack() as stack:  # from the last to the first, whatever fails
+                stack.callback(self.context.close)
+                stack.callback(self.reactor.close)
+                stack.callback(self.pool.close)
+                for step in steps:
+                    stack.callback(step)
 
 
 @dataclass(frozen=True, slots=True)

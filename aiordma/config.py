@@ -21,6 +21,10 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+#: The slabs that a pool has room for, at least: each size of buffers has slabs of its own.
+_SLABS = 4
+
+
 def _knob(default: Any, low: float, high: float, unit: str, *, doc: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "unit": unit, "doc": doc})
 
@@ -70,7 +74,24 @@ class Config:
         8, 1, 64, "messages", doc="messages above eager_size under way at a time; agreed: the smaller of both"
     )
     receive_credits: int = _knob(
-        64, 2, 4096, "messages", doc="receives posted for the peer's messages and notifications"
+        64,
+        2,
+        4096,
+        "messages",
+        doc="messages and notifications that the peer may have under way, not taken ones included; with a shared "
+        "receive queue, the most it may be given",
+    )
+    shared_receives: int | None = field(
+        default=None,
+        metadata={
+            "unit": "messages",
+            "doc": "receives that connections share, beyond the least that each has; 0 to 65536, 0: each has "
+            "receive_credits of its own. None: 1024 for the connections of a server, if the device can share, 0 "
+            "for a client's",
+        },
+    )
+    min_credits: int = _knob(
+        4, 1, 256, "messages", doc="receives that a connection always has, where they are shared"
     )
     send_depth: int = _knob(
         64, 2, 4096, "work requests", doc="operations in the send queue at a time; more wait in order"
@@ -91,7 +112,7 @@ class Config:
         64 * KIB,
         1 * GIB,
         "bytes",
-        doc="memory is registered in pieces of this size (a multiple of 4096)",
+        doc="memory is registered in pieces of this size (a multiple of 4096, at most a 4th of pool_limit)",
     )
     huge_pages: HugePages = field(
         default="auto",
@@ -166,13 +187,16 @@ class Config:
             )
         if self.usroce_address is not None:
             _check_addresses(self.usroce_address)
+        if self.shared_receives is not None:
+            self._check_shared(self.shared_receives)
         if self.mtu & (self.mtu - 1):
             raise MisuseError(f"Config.mtu={self.mtu}: one of 256, 512, 1024, 2048, 4096")
         if self.slab_size % 4096:
             raise MisuseError(f"Config.slab_size={self.slab_size}: a multiple of 4096 bytes")
-        if self.slab_size > self.pool_limit:
+        if _SLABS * self.slab_size > self.pool_limit:
             raise MisuseError(
-                f"Config.slab_size={self.slab_size} is larger than Config.pool_limit={self.pool_limit}"
+                f"Config.slab_size={self.slab_size} is more than a {_SLABS}th of "
+                f"Config.pool_limit={self.pool_limit}; staging, receives and leases have slabs of their own"
             )
 
     @staticmethod
@@ -187,6 +211,13 @@ class Config:
             kind = "a whole number" if kinds == (int,) else "a number"
             unit = f" {spec.metadata['unit']}".rstrip()
             raise MisuseError(f"Config.{spec.name}={value!r}: {kind} from {low} to {high}{unit}")
+
+    @staticmethod
+    def _check_shared(value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 65_536:
+            raise MisuseError(
+                f"Config.shared_receives={value!r}: None, or a whole number from 0 to 65536 messages"
+            )
 
     @classmethod
     def knobs(cls) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import ipaddress
 import secrets
 import socket
 import ssl as ssl_module
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Collection, Generator
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -49,6 +49,7 @@ from .protocol.bootstrap import (
     Established,
     Greeted,
     HelloReceived,
+    Recall,
     ServerHandshake,
     SessionDecoder,
     SessionMessage,
@@ -70,6 +71,8 @@ Handler = Callable[[Connection], Awaitable[object]]
 #: Bytes of announcements the peer has not read, at which it counts as stuck.
 _SESSION_BACKLOG = 1 << 20
 _LISTEN_BACKLOG = 1024
+#: Config.shared_receives of a server that leaves it open.
+_SHARED_RECEIVES = 1024
 
 
 class _Channel(asyncio.Protocol):
@@ -86,12 +89,14 @@ class _Channel(asyncio.Protocol):
         self.local: Address | None = None
         self.remote: Address | None = None
         self.said_goodbye = False
+        self._info: Callable[[str], Any] = lambda name: None
 
     # --- asyncio.Protocol ----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not derive from asyncio.Transport; they only behave like it.
         self.transport = cast(asyncio.Transport, transport)
+        self._info = self.transport.get_extra_info  # for good: names outlive the socket
         sock = self.transport.get_extra_info("socket")
         self.local = _address(self.transport.get_extra_info("sockname"))
         self.remote = _address(self.transport.get_extra_info("peername"))
@@ -174,6 +179,8 @@ class _Channel(asyncio.Protocol):
                 connection.peer_unshared(message.name)
             case Withdraw():
                 connection.peer_withdrew(message.transfer)
+            case Recall():
+                connection.peer_recalled(message.count)
             case Close():
                 connection.peer_closed(message.message, in_order=message.code == "normal")
 
@@ -191,6 +198,10 @@ class _Channel(asyncio.Protocol):
         """transport.Session: takes the offer of a large message back."""
         self.write(encode(Withdraw.make(transfer=transfer)))
 
+    def send_recall(self, count: int) -> None:
+        """transport.Session: asks for data credits back."""
+        self.write(encode(Recall.make(count=count)))
+
     def send_close(self, error: RdmaError | None) -> None:
         """transport.Session: says goodbye and closes."""
         if error is None:
@@ -199,6 +210,10 @@ class _Channel(asyncio.Protocol):
             message = Close.make(code="error", message=printable(str(error), 512))
         self.write(encode(message))
         self.drop()
+
+    def get_extra_info(self, name: str) -> Any:
+        """transport.Session: what asyncio knows of the TCP connection, also after its end."""
+        return self._info(name)
 
     # --- endpoints -----------------------------------------------------------------------------------
 
@@ -217,7 +232,8 @@ class _Channel(asyncio.Protocol):
             initiator_depth=min(config.read_depth, attributes.max_read_depth_initiator, 255),
             responder_depth=min(config.read_depth, attributes.max_read_depth, 255),
             eager_size=config.eager_size,
-            receive_credits=config.receive_credits,
+            receive_credits=connection.receive_credits,
+            receive_credits_max=config.receive_credits,
             control_credits=CONTROL_WINDOW,
             rendezvous_depth=config.rendezvous_depth,
             max_message_size=config.max_message_size,
@@ -272,10 +288,13 @@ def _tune_socket(sock: socket.socket, keepalive: float) -> None:
 class _ClientChannel(_Channel):
     """The connecting side: :meth:`run` drives the handshake."""
 
-    def __init__(self, config: Config, token: str | bytes | None) -> None:
+    def __init__(self, config: Config, token: str | bytes | None, requires: Collection[str]) -> None:
         super().__init__(config)
         self.handshake: ClientHandshake = ClientHandshake(
-            nonce=secrets.token_bytes(NONCE_SIZE), token=token, software=f"aiordma {__version__}"
+            nonce=secrets.token_bytes(NONCE_SIZE),
+            token=token,
+            requires=requires,
+            software=f"aiordma {__version__}",
         )
         self._greeted: asyncio.Future[None] = self.loop.create_future()
         self._welcomed: asyncio.Future[Agreed] = self.loop.create_future()
@@ -348,10 +367,10 @@ class _Connecting:
         self._connection: Connection | None = None
 
     def __await__(self) -> Generator[Any, None, Connection]:
-        return _connect(*self._arguments).__await__()
+        return establish(*self._arguments).__await__()
 
     async def __aenter__(self) -> Connection:
-        self._connection = await _connect(*self._arguments)
+        self._connection = await establish(*self._arguments)
         return self._connection
 
     async def __aexit__(
@@ -386,7 +405,7 @@ def connect(
     return _Connecting(host, port, device, config or Config(), ssl, token, timeout)
 
 
-async def _connect(
+async def establish(
     host: str,
     port: int,
     device: str | None,
@@ -394,12 +413,14 @@ async def _connect(
     ssl: ssl_module.SSLContext | bool | None,
     token: str | bytes | None,
     timeout: float | None,
+    requires: Collection[str] = (),
 ) -> Connection:
+    """What :func:`connect` does; ``requires`` are features that the server must have too."""
     channel: _ClientChannel | None = None
     try:
         async with asyncio.timeout(timeout):
             _, channel = await asyncio.get_running_loop().create_connection(
-                lambda: _ClientChannel(config, token), host, port, ssl=ssl or None
+                lambda: _ClientChannel(config, token, requires), host, port, ssl=ssl or None
             )
             return await channel.run(device)
     except TimeoutError as error:
@@ -424,7 +445,10 @@ class _ServerChannel(_Channel):
         super().__init__(server.config)
         self.server = server
         self.handshake: ServerHandshake = ServerHandshake(
-            nonce=secrets.token_bytes(NONCE_SIZE), token=server.token, software=f"aiordma {__version__}"
+            nonce=secrets.token_bytes(NONCE_SIZE),
+            token=server.token,
+            requires=server.requires,
+            software=f"aiordma {__version__}",
         )
         self._deadline: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -488,7 +512,7 @@ class _ServerChannel(_Channel):
         try:
             self.server._check_room()
             route = open_route(self.server.device, self.local, self.remote, self.config)
-            connection = Connection(route, self.config, self.peer)
+            connection = Connection(route, self.config, self.peer, shared_receives=_SHARED_RECEIVES)
             try:
                 check_compatible(
                     remote,
@@ -542,6 +566,7 @@ class Server:
         config: Config,
         ssl: ssl_module.SSLContext | None,
         token: str | bytes | None,
+        requires: Collection[str] = (),
     ) -> None:
         self.handler = handler
         self.host = host
@@ -550,6 +575,7 @@ class Server:
         self.config = config
         self.ssl = ssl
         self.token = token
+        self.requires = requires  # features that a client must have
         self.refused = 0
         self.connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -557,10 +583,12 @@ class Server:
         self._server: asyncio.Server | None = None
         self._route: Route | None = None
         self._closing = False
+        self._stopped = asyncio.Event()
         self._close_called = asyncio.Event()
-        self._closed: asyncio.Future[None] | None = None
 
-    async def _start(self) -> Self:
+    async def start(self, *, accept: bool = True) -> Self:
+        """What awaiting the server does. Without ``accept`` the port is taken, and :meth:`start_accepting` begins
+        to listen."""
         if self._server is not None:
             raise MisuseError("the server was started already")
         loop = asyncio.get_running_loop()
@@ -575,25 +603,35 @@ class Server:
                 ssl=self.ssl,
                 ssl_handshake_timeout=self.config.handshake_timeout if self.ssl else None,
                 backlog=_LISTEN_BACKLOG,
+                start_serving=accept,
             )
         except BaseException:
             self._route.adapter.release()
             raise
-        self._closed = loop.create_future()
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def __await__(self) -> Generator[Any, None, Self]:
-        return self._start().__await__()
+        return self.start().__await__()
 
     async def __aenter__(self) -> Self:
-        return await self._start()
+        return await self.start()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
         await self.wait_closed()
+
+    async def start_accepting(self) -> None:
+        """Listens, when :meth:`start` did not."""
+        assert self._server is not None
+        await self._server.start_serving()
+
+    @property
+    def sockets(self) -> tuple[Any, ...]:
+        """The TCP sockets that listen; none before the start and after the end."""
+        return tuple(self._server.sockets) if self._server is not None else ()
 
     # --- handshakes ----------------------------------------------------------------------------------
 
@@ -642,15 +680,25 @@ class Server:
 
     # --- the end -------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stops listening, refuses handshakes under way and closes every connection. Idempotent."""
+    def stop_listening(self) -> None:
+        """Stops listening and refuses handshakes under way; established connections go on. Idempotent."""
         if self._closing or self._server is None:
             return
         self._closing = True
-        self._close_called.set()
+        self._stopped.set()
         self._server.close()
         for channel in list(self._pending):
             channel.refuse(BootstrapError("the server is closing"))
+        if self._route is not None:  # connections hold the device themselves
+            route, self._route = self._route, None
+            route.adapter.release()
+
+    def close(self) -> None:
+        """Stops listening, refuses handshakes under way and closes every connection. Idempotent."""
+        if self._server is None:
+            return
+        self.stop_listening()
+        self._close_called.set()
         for connection in list(self.connections):
             connection.close()
 
@@ -659,16 +707,19 @@ class Server:
 
         A handler that goes on for ``Config.close_timeout`` seconds after its connection closed is cancelled.
         """
-        if self._server is None or self._closed is None:
+        if self._server is None:
             return
         await self._close_called.wait()
         await self._end_handlers()
         await self._server.wait_closed()
-        if self._route is not None:
-            route, self._route = self._route, None
-            route.adapter.release()
-            self._closed.set_result(None)
-        await asyncio.shield(self._closed)
+
+    async def wait_idle(self) -> None:
+        """Waits until the server stopped listening, and all handlers have ended by themselves."""
+        await self._stopped.wait()
+        while tasks := self._tasks - {asyncio.current_task()}:
+            await asyncio.wait(tasks)
+        if self._server is not None:
+            await self._server.wait_closed()
 
     async def _end_handlers(self) -> None:
         tasks = {task for task in self._tasks if task is not asyncio.current_task()}

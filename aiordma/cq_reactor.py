@@ -48,7 +48,8 @@ _TURN_LIMIT = 256
 _TURN_BUDGET_NS = 500_000
 #: Awaits that may complete without a turn of the loop in between.
 _TURN_AWAITS = 16
-#: Entries of a completion queue; another queue is made when they are all reserved.
+#: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the
+#: largest so far: few queues to poll, however many connections.
 _CQ_ENTRIES = 4096
 
 _SLOT_BITS = 32
@@ -58,7 +59,9 @@ _SLOT_MASK = (1 << _SLOT_BITS) - 1
 class Pending(Protocol):
     """What waits in the pending table."""
 
-    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
         """The completion arrived; the slot is free again. Must not raise."""
 
 
@@ -179,17 +182,26 @@ class CqReactor:
 
     def attach(self, mode: Mode, entries: int) -> CompletionQueue:
         """A completion queue with room for ``entries`` more work requests; starts busy polling when asked."""
-        queue = self._queue_with_room(entries)
-        self._reserved[queue] += entries
+        queue = self.reserve(entries)
         self._users[mode] += 1
         self._set_mode()
         return queue
 
     def detach(self, mode: Mode, queue: CompletionQueue, entries: int) -> None:
         """Gives the room back. The last one to leave busy mode ends the polling."""
-        self._reserved[queue] -= entries
+        self.unreserve(queue, entries)
         self._users[mode] -= 1
         self._set_mode()
+
+    def reserve(self, entries: int) -> CompletionQueue:
+        """A completion queue with room for ``entries`` more, for work requests of no connection in particular."""
+        queue = self._queue_with_room(entries)
+        self._reserved[queue] += entries
+        return queue
+
+    def unreserve(self, queue: CompletionQueue, entries: int) -> None:
+        """Gives the room back."""
+        self._reserved[queue] -= entries
 
     def _set_mode(self) -> None:
         users = self._users
@@ -201,7 +213,8 @@ class CqReactor:
         for queue in self._queues:
             if self._reserved[queue] + entries <= queue.size:
                 return queue
-        size = max(entries, min(_CQ_ENTRIES, self._context.attributes().max_cqe))
+        size = max(_CQ_ENTRIES, 2 * entries, *(2 * queue.size for queue in self._queues))
+        size = max(entries, min(size, self._context.attributes().max_cqe))
         vector = len(self._queues) % max(1, self._context.completion_vectors)
         queue = CompletionQueue(self._context, size, self._channel, vector=vector)
         self._queues.append(queue)
@@ -257,7 +270,7 @@ class CqReactor:
             return 0
         entries, generations = self._entries, self._generations
         self.dispatching = True
-        for wr_id, status, opcode, byte_len, imm, _qp_num, vendor_err, _flags in completions:
+        for wr_id, status, opcode, byte_len, imm, qp_num, vendor_err, _flags in completions:
             slot = wr_id & _SLOT_MASK
             entry = entries[slot] if slot < len(entries) else None
             if entry is None or generations[slot] != wr_id >> _SLOT_BITS:
@@ -265,7 +278,7 @@ class CqReactor:
                 continue
             self._vacate(slot)
             try:
-                entry.completed(status, opcode, byte_len, imm, vendor_err)
+                entry.completed(status, opcode, byte_len, imm, vendor_err, qp_num)
             except Exception as error:
                 self._loop.call_exception_handler(
                     {"message": "completion handler failed (please report this)", "exception": error}

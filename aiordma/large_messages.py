@@ -162,7 +162,8 @@ class LargeSends:
         for exposure in send.exposures:
             if exposure.window is not None:
                 self._bind(send, exposure, exposure.window)
-        self._offer(send, encode_offer(send.transfer, segments))
+        if not send.done():  # a window that cannot be bound has ended it
+            self._offer(send, encode_offer(send.transfer, segments))
         return send
 
     def _segment(self, send: LargeSend, part: memoryview, inline: bool) -> Segment:
@@ -212,9 +213,8 @@ class LargeSends:
         if answer is Answer.WITHDRAWN and send.state is not SendState.WITHDRAWN:
             raise ProtocolError(f"the peer says that offer {transfer} was withdrawn, which it was not")
         send.state = next_send_state(send.state, SendEvent.ANSWERED)
-        self.queue.offers_free += 1
         self._revoke(send)
-        self.queue.pump()
+        self.queue.offer_ended()
 
     def abandoned(self, send: LargeSend) -> None:
         """Nobody waits for it any more, or a step of it failed."""

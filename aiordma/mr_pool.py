@@ -143,8 +143,10 @@ class Lease(Memory):
 
     def _last_view_gone(self) -> None:
         """Called by the buffer type, in whatever thread, when no view of a released lease is left."""
-        pool = self._pool
-        if not pool._closed and pool._waiters:
+        # None when the garbage collector has cleared the lease before its view. The pool is closed then, for an
+        # open one holds the lease.
+        pool: MemoryPool | None = getattr(self, "_pool", None)
+        if pool is not None and not pool._closed and pool._waiters:
             try:
                 pool._loop.call_soon_threadsafe(pool.serve_waiters)
             except RuntimeError:
@@ -229,6 +231,11 @@ class MemoryPool:
         self._cache = RegistrationCache(pd, config.registration_cache)
         self._closed = False
 
+    @property
+    def limit(self) -> int:
+        """The most bytes it registers."""
+        return self._limit
+
     # --- leases --------------------------------------------------------------------------------------
 
     def acquire_nowait(self, nbytes: int) -> Lease:
@@ -282,14 +289,20 @@ class MemoryPool:
 
     def _slab_for(self, chunk: int) -> Slab:
         """A slab with nothing leased, cut into ``chunk``: an idle one of another class, or a new one."""
-        slab = next((s for s in self._slabs if s.idle and s.nbytes == self._slab_size), None)
+        slab = next((s for s in self._slabs if s.idle and s.nbytes >= chunk), None)
         if slab is None:
-            slab = self._new_slab(self._slab_size)
+            slab = self._new_slab(self._affordable(chunk))
         elif slab in self._partial.get(slab.chunk, ()):
             self._partial[slab.chunk].remove(slab)
         slab.cut(chunk)
         self._partial.setdefault(chunk, []).append(slab)
         return slab
+
+    def _affordable(self, chunk: int) -> int:
+        """The size of the next slab: a smaller one as the last that fits under the limit."""
+        idle = sum(slab.nbytes for slab in self._slabs if slab.idle)
+        room = (self._limit - self._registered + idle) // PAGE * PAGE
+        return max(_pages(chunk), min(self._slab_size, room))
 
     def _dedicated(self, nbytes: int) -> Lease:
         slab = self._new_slab(_pages(nbytes))

@@ -23,9 +23,10 @@ from .cq_reactor import CqReactor, SpinGovernor
 from .errors import DeviceError, ProtocolError
 from .mr_pool import Lease, ReceiveRing
 from .protocol.credit import CreditLedger
-from .protocol.frames import HEADER, HEADER_SIZE, FrameKind, check_header
+from .protocol.frames import HEADER, HEADER_SIZE, RETURN, FrameKind, check_header
 from .protocol.rendezvous import Taking
 from .send_queue import SendQueue, SpinningFuture
+from .shared_receives import SharedRing
 from .verbs import QueuePair, WcOpcode
 
 _RECV_WITH_IMM = int(WcOpcode.RECV_RDMA_WITH_IMM)
@@ -189,22 +190,57 @@ class MessageLease(Memory):
 
 
 class ReceiveSlot:
-    """One receive buffer of the ring in the pending table."""
+    """One receive buffer of a connection's own ring in the pending table."""
 
-    __slots__ = ("index", "queue", "wr_id")
+    __slots__ = ("index", "queue", "ring", "wr_id")
 
-    def __init__(self, queue: ReceiveQueue, index: int) -> None:
+    def __init__(self, queue: ReceiveQueue, ring: OwnRing, index: int) -> None:
         self.queue = queue
+        self.ring = ring
         self.index = index
         self.wr_id = 0
 
-    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
         """Something arrived in this buffer, or it was flushed."""
-        self.queue.completed(self, status, opcode, byte_len, imm, vendor_err)
+        self.ring.arrived()
+        self.queue.completed(self.index, status, opcode, byte_len, imm, vendor_err)
+
+
+class OwnRing(ReceiveRing):
+    """The ring of a connection that shares its receives with no other."""
+
+    __slots__ = ("_reactor", "_slots")
+
+    def __init__(
+        self, queue: ReceiveQueue, reactor: CqReactor, qp: QueuePair, lease: Lease, count: int, size: int
+    ) -> None:
+        super().__init__(lease, count, size, wr_id=self._enter, post=qp.post_recv, post_one=qp.post_recv_one)
+        self._reactor = reactor
+        self._slots = [ReceiveSlot(queue, self, index) for index in range(count)]
+
+    def _enter(self, index: int) -> int:
+        slot = self._slots[index]
+        slot.wr_id = self._reactor.add(slot)
+        return slot.wr_id
+
+    def unused(self, index: int) -> None:
+        """The contents of a buffer will not be taken: nothing to do, for the ring ends with its connection."""
+
+    def lend(self, index: int) -> Callable[[], None]:
+        """A buffer is looked at for longer, after :meth:`close` too; call the result when that is over."""
+        return self.hold().release
+
+    def close(self) -> None:
+        """The queue pair is gone: nothing can touch the ring any more."""
+        for slot in self._slots:
+            self._reactor.remove(slot.wr_id, slot)
+        super().close()
 
 
 class ReceiveQueue:
-    """The ring, the inbox of messages and the inbox of notifications.
+    """The ring, or the part of a shared one, the inbox of messages and the inbox of notifications.
 
     A message in the inbox is (buffer index, payload length), bytes once the ring is gone, or the offer of a large
     one, which only large_messages.py can read.
@@ -213,28 +249,20 @@ class ReceiveQueue:
     def __init__(
         self,
         *,
-        reactor: CqReactor,
-        qp: QueuePair,
-        lease: Lease,
-        window: int,
-        control: int,
-        offers: int,
-        size: int,
+        ring: Callable[[ReceiveQueue], OwnRing | SharedRing],
         sends: SendQueue,
         spin: Callable[[SpinningFuture], None] | None,
         governor: SpinGovernor | None,
         failed: Callable[[int, int, str], None],
         broken: Callable[[DeviceError | ProtocolError], None],
+        recall: Callable[[int], None],
     ) -> None:
-        self._reactor = reactor
         self._sends = sends
         self._failed = failed
         self._broken = broken
-        count = window + control + offers
-        self._slots = [ReceiveSlot(self, index) for index in range(count)]
-        self.ring = ReceiveRing(
-            lease, count, size, wr_id=self._enter, post=qp.post_recv, post_one=qp.post_recv_one
-        )
+        self._recall = recall
+        self.ring = ring(self)
+        self.shared = self.ring if isinstance(self.ring, SharedRing) else None
         loop = asyncio.get_running_loop()
         self.messages: Inbox[tuple[int, int] | bytes | Taking] = Inbox(loop, spin, governor)
         self.notifications: Inbox[int] = Inbox(loop, spin, governor)
@@ -243,31 +271,44 @@ class ReceiveQueue:
         self.closed = False
         self.on_idle: Callable[[], None] | None = None
         self.received = 0
+        self._last_taken = False  # a shared queue: the device has told that the queue pair takes no more
 
     def post_all(self) -> None:
-        """Posts every buffer; the queue pair is in INIT. Raises :class:`DeviceError`."""
-        self.ring.post(range(self.ring.count))
-
-    def _enter(self, index: int) -> int:
-        slot = self._slots[index]
-        slot.wr_id = self._reactor.add(slot)
-        return slot.wr_id
+        """Posts every buffer of an own ring; the queue pair is in INIT. Raises :class:`DeviceError`."""
+        if isinstance(self.ring, OwnRing):
+            self.ring.post(range(self.ring.count))
 
     # --- arrivals ------------------------------------------------------------------------------------
 
     def completed(
-        self, slot: ReceiveSlot, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int
+        self, index: int, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int
     ) -> None:
         """A posted buffer came back."""
-        self.ring.arrived()
         if status:
+            self.ring.unused(index)
             self._failed(status, vendor_err, "recv")
-        elif not self.closed:
+        elif self.closed:
+            self.ring.unused(index)
+        else:
             try:
-                self._arrived(slot.index, opcode, byte_len, imm)
+                self._arrived(index, opcode, byte_len, imm)
             except (ProtocolError, DeviceError) as error:
+                self.ring.unused(index)
                 self._broken(error)
-        if self.ring.posted == 0 and self.on_idle is not None:
+        if self.on_idle is not None and self.drained:
+            self.on_idle()
+
+    @property
+    def drained(self) -> bool:
+        """True when nothing more can arrive; the queue pair is in ERR."""
+        return self._last_taken if self.shared is not None else self.ring.posted == 0
+
+    def last_taken(self) -> None:
+        """The device says that the queue pair has taken its last receive of a shared queue."""
+        self._last_taken = True
+        if self.shared is not None:
+            self.shared.tells_last()
+        if self.on_idle is not None:
             self.on_idle()
 
     def _arrived(self, index: int, opcode: int, byte_len: int, imm: int) -> None:
@@ -306,6 +347,8 @@ class ReceiveQueue:
         assert self.large is not None
         if kind == FrameKind.CREDIT:
             ledger.receive_control()
+        elif kind == FrameKind.RETURN:
+            self._returned(ledger, *RETURN.unpack(payload))
         elif kind == FrameKind.OFFER:
             ledger.receive_data()
             self.received += 1
@@ -313,6 +356,21 @@ class ReceiveQueue:
         else:
             self.large.answered(payload)
         return more
+
+    # --- the share of a shared queue (shared_receives.SharedUser) ------------------------------------
+
+    def _returned(self, ledger: CreditLedger, count: int) -> None:
+        ledger.receive_return(count)
+        assert self.shared is not None  # nothing was recalled otherwise, and the ledger has raised
+        self.shared.returned(count)
+
+    def credits_changed(self) -> None:
+        """The peer may be told of more credits."""
+        self._sends.send_control()
+
+    def recall(self, count: int) -> None:
+        """Asks the peer for credits that it does not use."""
+        self._recall(count)
 
     # --- taking --------------------------------------------------------------------------------------
 
@@ -322,6 +380,11 @@ class ReceiveQueue:
         if isinstance(item, tuple):
             return item[1]
         return item.offer.nbytes if isinstance(item, Taking) else len(item)
+
+    @property
+    def unread(self) -> bool:
+        """True when a message waits that is not empty."""
+        return any(item[1] if isinstance(item, tuple) else item for item in self.messages.items)
 
     def take(self, place: int) -> bytes | Taking:
         """A message, as bytes; its buffer is posted again. The offer of a large one is the caller's now."""
@@ -354,13 +417,13 @@ class ReceiveQueue:
         if not isinstance(item, tuple):
             return item
         index, length = item
-        hold = self.ring.hold()  # the memory outlives the connection, if the lease does
+        take_back = self.ring.lend(index)  # the memory outlives the connection, if the lease does
 
         def give_back() -> None:
-            hold.release()
+            take_back()
             self._recycle(index)
 
-        return MessageLease(self.ring.address(index) + HEADER_SIZE, length, hold, give_back)
+        return MessageLease(self.ring.address(index) + HEADER_SIZE, length, take_back, give_back)
 
     def put_back(self, item: bytes | Taking) -> None:
         """What was taken is next again."""
@@ -375,6 +438,7 @@ class ReceiveQueue:
 
     def _recycle(self, index: int) -> None:
         if self.closed:
+            self.ring.unused(index)
             return
         try:
             self.ring.post_one(index)
@@ -385,8 +449,11 @@ class ReceiveQueue:
 
     def owe(self) -> None:
         """The user has taken something whose receive was posted again: its credit is owed."""
-        if self.ledger is not None and not self.closed:
-            self.ledger.release()
+        ledger = self.ledger
+        if ledger is not None and not self.closed:
+            ledger.release()
+            if self.shared is not None and ledger.data_released >= self.shared.share.mark:
+                self.shared.used()
             self._sends.send_control()
 
     # --- the end -------------------------------------------------------------------------------------
@@ -399,16 +466,22 @@ class ReceiveQueue:
         self.closed = True
         items = list(self.messages.items)
         self.messages.items.clear()
-        if keep:
-            for item in items:
-                if isinstance(item, Taking):
-                    break
-                if isinstance(item, tuple):
-                    index, length = item
-                    item = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
-                self.messages.items.append(item)
-        else:
+        if not keep:
             self.notifications.items.clear()
+        for item in items:
+            keep = keep and not isinstance(item, Taking)
+            data = self._leave(item)
+            if keep:
+                self.messages.items.append(data)
+
+    def _leave(self, item: tuple[int, int] | bytes | Taking) -> bytes:
+        """The message, copied; its buffer is free."""
+        if not isinstance(item, tuple):
+            return item if isinstance(item, bytes) else b""
+        index, length = item
+        data = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
+        self.ring.unused(index)
+        return data
 
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
         """Ends every wait for which nothing is there."""
@@ -416,7 +489,6 @@ class ReceiveQueue:
         self.notifications.fail(lambda: make_error("notified"))
 
     def close(self) -> None:
-        """The queue pair is gone: nothing can touch the ring any more."""
-        for slot in self._slots:
-            self._reactor.remove(slot.wr_id, slot)
+        """The queue pair is gone: nothing can touch the buffers any more."""
+        self.stop(keep=False)
         self.ring.close()

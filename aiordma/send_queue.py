@@ -6,12 +6,13 @@ confused, because completions of different queues are not ordered: the peer's cr
 before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
 nothing passes a write that was issued before it.
 
-Each slot owns a staging buffer in registered memory. Small data is copied there once (or travels inline), so it
-needs no registration of its own and the caller's buffer is free as soon as the request is posted. Large data
-is pinned and moved in place, in pieces where the port limits the size of a message.
+Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
+travels inline (staging.py); so it needs no registration of its own, and the caller's buffer is free as soon as the
+request is posted. Without a staging buffer, the queue waits for its turn; nothing passes what waits. Large data is
+pinned and moved in place, in pieces where the port limits the size of a message.
 
-Slots for control frames (credits, and answers to offers of large messages) are reserved: two peers that are
-both blocked in send still tell each other about credits.
+Slots for control frames (credits, and answers to offers of large messages) are reserved, and such a frame never
+needs a staging buffer: two peers that are both blocked in send still tell each other about credits.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from .cq_reactor import CqReactor, SpinGovernor
 from .errors import DeviceError, errno_text
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
-from .protocol.frames import HEADER, HEADER_SIZE, FrameKind
+from .protocol.frames import HEADER, HEADER_SIZE, RETURN, FrameKind
+from .protocol.rendezvous import DONE_SIZE
 from .registrations import Pinned, PinnedPart
+from .staging import SCRATCH_PLACES, Place, Scratch, StagingBuffer, StagingPool
 from .verbs import SEND_WR_STRUCT, CompletionQueue, QueuePair, SendFlags, WrOpcode
 
 _SIGNALED = int(SendFlags.SIGNALED)
@@ -40,8 +43,11 @@ READ = int(WrOpcode.RDMA_READ)
 FETCH_ADD = int(WrOpcode.ATOMIC_FETCH_AND_ADD)
 COMPARE_SWAP = int(WrOpcode.ATOMIC_CMP_AND_SWP)
 _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
+_OUTBOUND = (SEND, WRITE, WRITE_IMM)
 _MESSAGE = int(FrameKind.MESSAGE)
 _OFFER = int(FrameKind.OFFER)
+#: The most bytes of a control frame.
+CONTROL_FRAME = HEADER_SIZE + DONE_SIZE
 
 _now_ns = time.perf_counter_ns
 
@@ -149,26 +155,52 @@ class Step(Operation):
 
 
 class SendSlot:
-    """One slot of the send queue, with its staging buffer."""
+    """One slot of the send queue; ``buffer`` is the staging buffer it holds, if any."""
 
-    __slots__ = ("address", "operation", "queue", "view", "wr_id")
+    __slots__ = ("buffer", "operation", "queue", "wr_id")
 
-    def __init__(self, queue: SendQueue, address: int, view: memoryview) -> None:
+    def __init__(self, queue: SendQueue) -> None:
         self.queue = queue
-        self.address = address
-        self.view = view
+        self.buffer: StagingBuffer | None = None
         self.operation: Operation | None = None
         self.wr_id = 0
 
-    def completed(self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int) -> None:
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
         """The device is done with the work request posted from here."""
         operation = self.operation
         self.operation = None
         queue = self.queue
-        if operation is None:
-            queue.control_completed(self, status, vendor_err)
-        else:
+        if operation is not None:
             queue.completed(self, operation, status, vendor_err)
+
+
+class OfferRoom(Protocol):
+    """A shared receive queue, which keeps a receive for the answer to each offer."""
+
+    def more_offers(self) -> bool:
+        """Keeps one more, if it can."""
+
+    def fewer_offers(self) -> None:
+        """Keeps one less."""
+
+
+class ControlSlot(SendSlot):
+    """A slot reserved for control frames, and where such a frame is put together."""
+
+    __slots__ = ("flags", "place")
+
+    def __init__(self, queue: SendQueue, place: Place, flags: int) -> None:
+        super().__init__(queue)
+        self.place = place
+        self.flags = flags
+
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
+        """The frame left, or failed."""
+        self.queue.control_completed(self, status, vendor_err)
 
 
 class SendQueue:
@@ -181,11 +213,12 @@ class SendQueue:
         reactor: CqReactor,
         cq: CompletionQueue,
         qp: QueuePair,
-        lease: Lease,
+        staging: StagingPool,
+        scratch: Scratch,
+        control_lease: Lease | None,
         depth: int,
         control: int,
         offers: int,
-        stage_size: int,
         max_message: int,
         governor: SpinGovernor | None,
         spins: bool,
@@ -198,26 +231,26 @@ class SendQueue:
         self._reactor = reactor
         self._cq = cq
         self._qp = qp
-        self._lease = lease
-        self._lkey = lease.lkey
+        self._staging = staging
+        self._places = scratch.places
         self._inline = qp.max_inline
         self._governor = governor
         self._failed = failed
         self._broken = broken
-        self.stage_size = stage_size
+        self.stage_size = staging.size
         self.max_message = max_message
-        self._view = memoryview(lease)
-        slots = [
-            SendSlot(self, lease.address + i * stage_size, self._view[i * stage_size : (i + 1) * stage_size])
-            for i in range(depth + control + offers)
-        ]
-        self._slots = slots
-        self._free = slots[:depth]
-        self._control_free = slots[depth:]
         self._depth = depth
+        self._slots = [SendSlot(self)]
+        self._free = self._slots[:]  # never empty while there are slots to be made: see _take_slot()
+        self._control_lease = control_lease
+        self._control_slots = self._make_control_slots(control + offers)
+        self._control_free = self._control_slots[:]
         self.ledger: CreditLedger | None = None
         self._reserved = 0  # credits promised to operations that still wait for a slot
         self.offers_free = 0  # how many more large messages may be offered to the peer now
+        self.offers_more = 0  # ... if a shared receive queue has room for their answers
+        self.room: OfferRoom | None = None  # that queue
+        self._recalled = 0  # data credits the peer would like to have back
         self._answers: deque[bytes] = deque()  # to the peer's offers
         self._credit_queue: deque[Operation] = deque()
         self._slot_queue: deque[Operation] = deque()
@@ -228,6 +261,17 @@ class SendQueue:
         self.sent = 0
         self.credit_frames = 0
 
+    def _make_control_slots(self, count: int) -> list[ControlSlot]:
+        """Control frames travel inline; only a device that takes none needs registered memory for them."""
+        lease = self._control_lease
+        if lease is None:
+            return [ControlSlot(self, self._places[0], _INLINE) for _ in range(count)]
+        self._control_view = memoryview(lease)
+        return [
+            ControlSlot(self, Place(lease.address + at, lease.lkey, self._control_view[at:]), _SIGNALED)
+            for at in range(0, count * CONTROL_FRAME, CONTROL_FRAME)
+        ]
+
     @property
     def waiting(self) -> tuple[int, int]:
         """How many operations wait for a credit, and for a slot."""
@@ -236,7 +280,7 @@ class SendQueue:
     @property
     def in_flight(self) -> int:
         """Data slots in use."""
-        return self._depth - len(self._free)
+        return len(self._slots) - len(self._free)
 
     def _spin(self, future: SpinningFuture) -> None:
         self._reactor.spin(future, self._cq, self._governor, once=not self._spins)
@@ -253,7 +297,7 @@ class SendQueue:
             operation.fail(self.refused)
             return operation
         if self._free and not self._slot_queue and not self.closed and self._takes_short_way(operation):
-            self._post((self._stage(operation, self._free.pop()),))
+            self._post((self._stage(operation, self._take_slot(), self._places[0]),))
             return operation
         (self._credit_queue if operation.credit else self._slot_queue).append(operation)
         self.pump()
@@ -266,15 +310,34 @@ class SendQueue:
         if operation.credit:
             if self._credit_queue or not self._may_go(operation):
                 return False
+            if not self._make_room(operation):
+                return False
             self._reserve(operation)
-        return True
+            return True
+        return self._make_room(operation)
 
     def _may_go(self, operation: Operation) -> bool:
         """True when the peer has room for the message."""
         ledger = self.ledger
         if ledger is None or ledger.data_credits <= self._reserved:
             return False
-        return operation.frame != _OFFER or self.offers_free > 0
+        return operation.frame != _OFFER or self.offers_free > 0 or self._more_offers()
+
+    def _more_offers(self) -> bool:
+        if not self.offers_more or self.room is None or not self.room.more_offers():
+            return False
+        self.offers_more -= 1
+        self.offers_free += 1
+        return True
+
+    def offer_ended(self) -> None:
+        """The peer has answered an offer: another may be made, or the room for it is given back."""
+        self.offers_free += 1
+        self.pump()
+        while self.offers_free > 1 and self.room is not None:
+            self.offers_free -= 1
+            self.offers_more += 1
+            self.room.fewer_offers()
 
     def _reserve(self, operation: Operation) -> None:
         self._reserved += 1
@@ -311,47 +374,89 @@ class SendQueue:
             self._reserve(waiting[0])
             self._slot_queue.append(waiting.popleft())
 
+    def staging_ready(self) -> None:
+        """A staging buffer has come back, and it is our turn."""
+        self.pump()
+
     def pump(self) -> None:
         """Posts what the windows allow, in order, with one call for all of it."""
         self._promote()
+        if self._recalled:
+            self._give_back()
         if not self._slot_queue or not self._free or self.closed or self.refused is not None:
             return
         batch: list[PackedFields] = []
         while self._slot_queue and self._free:
             operation = self._slot_queue[0]
-            if operation.post is not None:
+            if operation.post is not None or len(batch) == SCRATCH_PLACES:
                 self._post(batch)
                 batch = []
                 if self.refused is not None or not self._free:
                     return
-                self._slot_queue.popleft()
-                self._post_special(operation)
+                if operation.post is not None:
+                    self._slot_queue.popleft()
+                    self._post_special(operation)
                 continue
-            batch.append(self._stage(operation, self._free.pop()))
+            if not self._make_room(operation):
+                break
+            batch.append(self._stage(operation, self._take_slot(), self._places[len(batch)]))
             if operation.offset >= operation.nbytes:
                 self._slot_queue.popleft()
         self._post(batch)
 
+    # --- slots and staging buffers -------------------------------------------------------------------
+
+    def _take_slot(self) -> SendSlot:
+        """The next free slot; another is made behind it when none is left and the depth allows it."""
+        slot = self._free.pop()
+        if not self._free and len(self._slots) < self._depth:
+            more = SendSlot(self)
+            self._slots.append(more)
+            self._free.append(more)
+        return slot
+
+    def _make_room(self, operation: Operation) -> bool:
+        """Gives the next free slot a staging buffer if the operation needs one. False: it must wait for one."""
+        opcode = operation.opcode
+        if operation.pinned is not None:
+            return True
+        nbytes = operation.nbytes + HEADER_SIZE if opcode == SEND else operation.nbytes
+        if not nbytes or (nbytes <= self._inline and opcode in _OUTBOUND):
+            return True
+        buffer = self._staging.take(self)
+        self._free[-1].buffer = buffer
+        return buffer is not None
+
+    def _free_slot(self, slot: SendSlot) -> None:
+        self._free.append(slot)
+        buffer = slot.buffer
+        if buffer is not None:
+            slot.buffer = None
+            self._staging.give(buffer)
+
     # --- building work requests ----------------------------------------------------------------------
 
-    def _stage(self, operation: Operation, slot: SendSlot) -> PackedFields:
-        """The next work request of an operation, its data in place."""
+    def _stage(self, operation: Operation, slot: SendSlot, inline: Place) -> PackedFields:
+        """The next work request of an operation, its data in place: that of the caller, the slot's staging buffer,
+        or ``inline`` when it needs none."""
         offset = operation.offset
         nbytes = min(operation.nbytes - offset, self.max_message)
         last = offset + nbytes >= operation.nbytes
         operation.offset = offset + nbytes
         opcode = operation.opcode
-        address, lkey, flags = slot.address, self._lkey, _SIGNALED
+        flags = _SIGNALED
         if operation.pinned is not None:
             address, lkey = operation.pinned.address + offset, operation.pinned.lkey
-        elif opcode == SEND:
-            nbytes = self._stage_message(operation, slot)
-        elif nbytes and operation.data is not None:
-            slot.view[:nbytes] = operation.data
-        if operation.data is not None or opcode == SEND:
-            operation.data = None
-            if nbytes <= self._inline:
+        else:
+            place: Place = slot.buffer or inline
+            if place is inline and (nbytes or opcode == SEND):
                 flags = _INLINE
+            address, lkey = place.address, place.lkey
+            if opcode == SEND:
+                nbytes = self._stage_message(operation, place.view)
+            elif nbytes and operation.data is not None:
+                place.view[:nbytes] = operation.data
+            operation.data = None
         if opcode == WRITE_IMM:
             if last:
                 self._use_credit()
@@ -371,20 +476,20 @@ class SendQueue:
             flags,
         )
 
-    def _stage_message(self, operation: Operation, slot: SendSlot) -> int:
+    def _stage_message(self, operation: Operation, view: memoryview) -> int:
         ledger = self._use_credit()
         data = operation.data
         nbytes = operation.nbytes
         if operation.frame == _OFFER:
             operation.staged()
-        HEADER.pack_into(slot.view, 0, operation.frame, 0, 0, nbytes, *ledger.stamp())
+        HEADER.pack_into(view, 0, operation.frame, 0, 0, nbytes, *ledger.stamp())
         if data.__class__ is tuple:
             at = HEADER_SIZE
             for part in data:
-                slot.view[at : at + part.nbytes] = part
+                view[at : at + part.nbytes] = part
                 at += part.nbytes
         elif nbytes:
-            slot.view[HEADER_SIZE : HEADER_SIZE + nbytes] = data
+            view[HEADER_SIZE : HEADER_SIZE + nbytes] = data
         return HEADER_SIZE + nbytes
 
     def _use_credit(self) -> CreditLedger:
@@ -435,7 +540,7 @@ class SendQueue:
 
     def _post_special(self, operation: Operation) -> None:
         assert operation.post is not None
-        slot = self._free.pop()
+        slot = self._take_slot()
         wr_id = self._enter(slot, operation)
         operation.offset = operation.nbytes
         try:
@@ -450,7 +555,7 @@ class SendQueue:
         """The device refused the request of this slot: slot and memory are ours again."""
         operation, slot.operation = slot.operation, None
         self._reactor.remove(slot.wr_id, slot)
-        self._free.append(slot)
+        self._free_slot(slot)
         if operation is not None:
             self._settle(operation)
 
@@ -475,7 +580,7 @@ class SendQueue:
     def completed(self, slot: SendSlot, operation: Operation, status: int, vendor_err: int) -> None:
         """A work request of ``operation`` completed."""
         if status:
-            self._free.append(slot)
+            self._free_slot(slot)
             self._settle(operation)
             self._failed(status, vendor_err, operation.kind, operation)
             return
@@ -483,20 +588,22 @@ class SendQueue:
             operation.set_result(self._result(operation, slot))
             if self._governor is not None and operation.nbytes <= self.stage_size:
                 self._governor.learn(_now_ns() - operation.started_ns)
-        self._free.append(slot)
+        self._free_slot(slot)
         self._settle(operation)
         if self._slot_queue or self._credit_queue:
             self.pump()
 
     def _result(self, operation: Operation, slot: SendSlot) -> Any:
-        opcode = operation.opcode
+        opcode, buffer = operation.opcode, slot.buffer
         if opcode == READ:
             if operation.into:
                 return operation.nbytes
-            return operation.landing or bytes(slot.view[: operation.nbytes])
-        if opcode in _ATOMICS:
+            if operation.landing is not None:
+                return operation.landing
+            return bytes(buffer.view[: operation.nbytes]) if buffer is not None else b""
+        if opcode in _ATOMICS and buffer is not None:
             # The card has put the old value there in the order of this machine.
-            return slot.view[:8].cast("Q")[0]
+            return buffer.view[:8].cast("Q")[0]
         return None
 
     # --- control frames ------------------------------------------------------------------------------
@@ -517,17 +624,33 @@ class SendQueue:
                 self.credit_frames += 1
                 self._post_control(FrameKind.CREDIT, b"", ledger)
             else:
-                return
+                break
+        if self._recalled:
+            self._give_back()
+
+    def recalled(self, count: int) -> None:
+        """The peer asks for up to ``count`` data credits that are not used; it gets an answer as soon as there is
+        a credit for that."""
+        self._recalled = count
+        self._give_back()
+
+    def _give_back(self) -> None:
+        ledger = self.ledger
+        if ledger is None or self.closed or not self._control_free or ledger.data_credits <= self._reserved:
+            return
+        count = ledger.give_back(self._recalled, self._reserved)
+        self._recalled = 0
+        self._post_control(FrameKind.RETURN, RETURN.pack(count), ledger)
 
     def _post_control(self, kind: FrameKind, payload: bytes, ledger: CreditLedger) -> None:
         slot = self._control_free.pop()
+        place = slot.place
         nbytes = HEADER_SIZE + len(payload)
-        HEADER.pack_into(slot.view, 0, kind, 0, 0, len(payload), *ledger.stamp())
-        slot.view[HEADER_SIZE:nbytes] = payload
-        flags = _INLINE if self._inline >= nbytes else _SIGNALED
+        HEADER.pack_into(place.view, 0, kind, 0, 0, len(payload), *ledger.stamp())
+        place.view[HEADER_SIZE:nbytes] = payload
         slot.wr_id = self._reactor.add(slot)
         self.posted += 1
-        rc = self._qp.post_send(slot.wr_id, SEND, flags, slot.address, nbytes, self._lkey)
+        rc = self._qp.post_send(slot.wr_id, SEND, slot.flags, place.address, nbytes, place.lkey)
         if rc:
             self._reactor.remove(slot.wr_id, slot)
             self.posted -= 1
@@ -536,7 +659,7 @@ class SendQueue:
                 DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
             )
 
-    def control_completed(self, slot: SendSlot, status: int, vendor_err: int) -> None:
+    def control_completed(self, slot: ControlSlot, status: int, vendor_err: int) -> None:
         """A control frame left (or failed)."""
         self.posted -= 1
         self._control_free.append(slot)
@@ -552,6 +675,7 @@ class SendQueue:
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
         """Ends every wait, queued or in flight; posted memory stays with the device until it hands it back."""
         self.closed = True
+        self._staging.forget(self)
         queued = [*self._credit_queue, *self._slot_queue]
         self._credit_queue.clear()
         self._slot_queue.clear()
@@ -570,8 +694,14 @@ class SendQueue:
         for slot in self._slots:
             if self._reactor.remove(slot.wr_id, slot):
                 operation, slot.operation = slot.operation, None
+                self._free_slot(slot)
                 if operation is not None:
                     self._settle(operation)
-            slot.view.release()
-        self._view.release()
-        self._lease.release_nowait()
+        for control in self._control_slots:
+            self._reactor.remove(control.wr_id, control)
+        if self._control_lease is not None:
+            for control in self._control_slots:
+                control.place.view.release()
+            self._control_view.release()
+            self._control_lease.release_nowait()
+        self._staging.leave()

@@ -13,6 +13,7 @@ still touch is given back before the queue pair is destroyed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import secrets
 from collections.abc import Callable, Generator
@@ -43,10 +44,22 @@ from .mr_pool import Lease, PoolStatistics
 from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
 from .protocol.rendezvous import Taking
-from .receive_queue import Inbox, MessageLease, ReceiveQueue
+from .protocol.shared_credit import Share
+from .receive_queue import Inbox, MessageLease, OwnRing, ReceiveQueue
 from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
-from .send_queue import COMPARE_SWAP, FETCH_ADD, READ, SEND, WRITE, WRITE_IMM, Operation, SendQueue
+from .send_queue import (
+    COMPARE_SWAP,
+    CONTROL_FRAME,
+    FETCH_ADD,
+    READ,
+    SEND,
+    WRITE,
+    WRITE_IMM,
+    Operation,
+    SendQueue,
+)
+from .shared_receives import SharedReceives, SharedReceiveStatistics, SharedRing
 from .verbs import Access, AsyncEvent, EventType, Path, QueuePair
 
 if TYPE_CHECKING:
@@ -55,6 +68,8 @@ if TYPE_CHECKING:
 
 #: A piece of a large transfer never exceeds this, whatever the port allows: lengths in work requests are 32 bit.
 _MAX_PIECE = 1 << 30
+#: Seconds to wait for the device to say that a queue pair takes no more receives of a shared queue.
+_LAST_RECEIVE = 0.25
 _RIGHT_READ = int(Access.REMOTE_READ)
 _RIGHT_WRITE = int(Access.REMOTE_WRITE)
 _RIGHT_ATOMIC = int(Access.REMOTE_ATOMIC)
@@ -66,13 +81,24 @@ State = Literal["preparing", "open", "closing", "closed"]
 class Session(Announcer, Withdrawer, Protocol):
     """The bootstrap's TCP connection, as the Connection sees it: liveness, sharing, withdrawing and closing."""
 
+    def send_recall(self, count: int) -> None:
+        """Asks for data credits back that the peer does not use."""
+
     def send_close(self, error: RdmaError | None) -> None:
         """Says goodbye, and why; then closes."""
+
+    def get_extra_info(self, name: str) -> Any:
+        """``peername``, ``sockname``, ``socket`` and so on, as asyncio's transports have it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStatistics:
-    """A snapshot of one connection. Credits in messages, sizes in bytes."""
+    """A snapshot of one connection. Credits in messages, sizes in bytes.
+
+    ``receive_credits`` is what the peer may have under way just now, of up to ``receive_credits_max``.
+    ``receives_posted`` are those of the shared queue where there is one (``shared_receives``), else the
+    connection's own.
+    """
 
     peer: str
     device: str
@@ -83,6 +109,8 @@ class ConnectionStatistics:
     send_slots_used: int
     waiting_for_credit: int
     waiting_for_slot: int
+    receive_credits: int
+    receive_credits_max: int
     receives_posted: int
     messages_queued: int
     notifications_queued: int
@@ -95,6 +123,7 @@ class ConnectionStatistics:
     remote: int
     reactor: ReactorStatistics
     pool: PoolStatistics
+    shared_receives: SharedReceiveStatistics | None
 
 
 class Connection:
@@ -107,7 +136,8 @@ class Connection:
     in order) with the reason. A connection belongs to the event loop it was made in.
     """
 
-    def __init__(self, route: Route, config: Config, peer: str) -> None:
+    def __init__(self, route: Route, config: Config, peer: str, *, shared_receives: int = 0) -> None:
+        """``shared_receives``: what None in the config stands for here."""
         self._loop = asyncio.get_running_loop()
         self._adapter = route.adapter
         self.route = route
@@ -123,44 +153,33 @@ class Connection:
         self._agreed: Agreed | None = None
         self.psn = secrets.randbits(24)
         self.eager_size = config.eager_size
+        """Bytes: messages up to this go through buffers, larger ones are read in place; agreed with the peer."""
+        shared = config.shared_receives if config.shared_receives is not None else shared_receives
+        self._share_limit = shared if route.adapter.can_share_receives else 0
+        self._shared: SharedReceives | None = None
+        self._share: Share | None = None
 
     # --- coming to life ------------------------------------------------------------------------------
+
+    @property
+    def receive_credits(self) -> int:
+        """What the peer may send at first, in messages."""
+        config = self._config
+        return (
+            min(config.min_credits, config.receive_credits) if self._share_limit else config.receive_credits
+        )
 
     async def prepare(self) -> None:
         """Makes the queue pair and posts its receives. Raises :class:`DeviceError`, :class:`MemoryLimitError`;
         on any failure (cancellation included) everything is given back."""
-        config, adapter = self._config, self._adapter
-        reactor, pool = adapter.reactor, adapter.pool
-        stage = config.eager_size + HEADER_SIZE
-        control = CONTROL_WINDOW + config.rendezvous_depth
-        sends, receives = config.send_depth + control, config.receive_credits + control
-        send_lease = recv_lease = None
-        self._entries = sends + receives
-        try:
-            self._cq = reactor.attach(config.mode, self._entries)
-        except BaseException:
-            adapter.release()
-            self._state = "closed"
-            raise
-        try:
-            send_lease = await pool.acquire(sends * stage)
-            recv_lease = await pool.acquire(receives * stage)
-            self._qp = QueuePair(
-                adapter.pd,
-                self._cq,
-                max_send_wr=sends,
-                max_recv_wr=receives,
-                max_inline=config.inline_size,
-            )
-        except BaseException:
-            for lease in (send_lease, recv_lease):
-                if lease is not None:
-                    lease.release_nowait()
-            reactor.detach(config.mode, self._cq, self._entries)
-            adapter.release()
-            self._state = "closed"
-            raise
-        self._make_queues(send_lease, recv_lease, stage)
+        with contextlib.ExitStack() as undo:
+            undo.callback(setattr, self, "_state", "closed")
+            undo.callback(self._adapter.release)
+            self._attach(undo)
+            await self._join_staging(undo)
+            own = await self._join_shared(undo)
+            await self._make_queue_pair(undo, own)
+            undo.pop_all()
         try:
             self._qp.to_init(self.route.choice.port.port)
             self._receives.post_all()
@@ -168,18 +187,69 @@ class Connection:
             self._destroy()
             raise
 
-    def _make_queues(self, send_lease: Lease, recv_lease: Lease, stage: int) -> None:
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        """Room in a completion queue; a shared receive queue sees to that for the receives."""
+        config, reactor = self._config, self._adapter.reactor
+        self._control = CONTROL_WINDOW + config.rendezvous_depth
+        self._stage = config.eager_size + HEADER_SIZE
+        if self._share_limit:
+            self._shared = self._adapter.shared_receives(
+                self._stage, self._share_limit, self.receive_credits, CONTROL_WINDOW
+            )
+        own = 0 if self._share_limit else config.receive_credits + self._control
+        self._entries = config.send_depth + self._control + own
+        self._cq = reactor.attach(config.mode, self._entries)
+        undo.callback(reactor.detach, config.mode, self._cq, self._entries)
+
+    async def _join_staging(self, undo: contextlib.ExitStack) -> None:
+        self._staging = self._adapter.staging(self._stage)
+        await self._staging.join()
+        undo.callback(self._staging.leave)
+
+    async def _join_shared(self, undo: contextlib.ExitStack) -> Lease | None:
+        """A share of a shared receive queue; or memory for a ring of our own."""
+        config = self._config
+        if self._shared is not None:
+            share = await self._shared.join(self.receive_credits, config.receive_credits, CONTROL_WINDOW)
+            undo.callback(self._shared.leave, share, 0)
+            self._share = share
+            return None
+        receives = config.receive_credits + self._control
+        lease = await self._adapter.pool.acquire(receives * self._stage)
+        undo.callback(lease.release_nowait)
+        return lease
+
+    async def _make_queue_pair(self, undo: contextlib.ExitStack, own: Lease | None) -> None:
+        config, shared = self._config, self._shared
+        self._qp = QueuePair(
+            self._adapter.pd,
+            self._cq,
+            shared.cq if shared is not None else None,
+            max_send_wr=config.send_depth + self._control,
+            max_recv_wr=0 if shared is not None else config.receive_credits + self._control,
+            max_inline=config.inline_size,
+            srq=shared.srq if shared is not None else None,
+        )
+        undo.callback(self._qp.close)
+        control_lease = None
+        if self._qp.max_inline < CONTROL_FRAME:
+            control_lease = await self._adapter.pool.acquire(self._control * CONTROL_FRAME)
+            undo.callback(control_lease.release_nowait)
+        self._make_queues(control_lease, own)
+
+    def _make_queues(self, control_lease: Lease | None, own: Lease | None) -> None:
         config, reactor = self._config, self._adapter.reactor
         adaptive = config.mode == "adaptive"
         self._sends = SendQueue(
             reactor=reactor,
             cq=self._cq,
             qp=self._qp,
-            lease=send_lease,
+            staging=self._staging,
+            scratch=self._adapter.scratch(self._qp.max_inline),
+            control_lease=control_lease,
             depth=config.send_depth,
             control=CONTROL_WINDOW,
             offers=config.rendezvous_depth,
-            stage_size=stage,
             max_message=min(self.route.choice.port.max_message or _MAX_PIECE, _MAX_PIECE),
             governor=reactor.governor if adaptive else None,
             spins=config.mode != "event",
@@ -187,19 +257,15 @@ class Connection:
             broken=self._fail_with,
         )
         arrivals = reactor.arrivals if adaptive else None
+        recv_cq = self._qp.recv_cq
         self._receives = ReceiveQueue(
-            reactor=reactor,
-            qp=self._qp,
-            lease=recv_lease,
-            window=config.receive_credits,
-            control=CONTROL_WINDOW,
-            offers=config.rendezvous_depth,
-            size=stage,
+            ring=lambda queue: self._ring(queue, own),
             sends=self._sends,
-            spin=None if config.mode == "event" else lambda f: reactor.spin(f, self._cq, arrivals),
+            spin=None if config.mode == "event" else lambda f: reactor.spin(f, recv_cq, arrivals),
             governor=arrivals,
             failed=lambda status, vendor_err, kind: self._completion_failed(status, vendor_err, kind, None),
             broken=self._fail_with,
+            recall=self._recall,
         )
         self._large_sends = LargeSends(
             adapter=self._adapter,
@@ -216,6 +282,18 @@ class Connection:
         )
         reactor.listen(self._qp.qp_num, self._on_async_event)
 
+    def _ring(self, queue: ReceiveQueue, own: Lease | None) -> OwnRing | SharedRing:
+        if self._shared is not None and self._share is not None:
+            return self._shared.enter(self._qp.qp_num, self._share, queue)
+        assert own is not None
+        count = self._config.receive_credits + self._control
+        return OwnRing(queue, self._adapter.reactor, self._qp, own, count, self._stage)
+
+    def _recall(self, count: int) -> None:
+        session = self.session
+        if session is not None:
+            session.send_recall(count)
+
     @property
     def qp_num(self) -> int:
         """Number of the local queue pair."""
@@ -226,8 +304,9 @@ class Connection:
         config, choice = self._config, self.route.choice
         remote = agreed.remote
         ledger = CreditLedger(
-            window=config.receive_credits,
+            window=self.receive_credits,
             peer_window=agreed.send_credits,
+            peer_window_max=agreed.send_credits_max,
             control=CONTROL_WINDOW,
             peer_control=agreed.control_credits,
         )
@@ -235,6 +314,10 @@ class Connection:
         self._agreed = agreed
         self.eager_size = agreed.eager_size
         self._sends.offers_free = agreed.rendezvous_depth
+        if self._share is not None:
+            self._share.ledger = ledger
+            self._sends.room = self._receives.shared
+            self._sends.offers_free, self._sends.offers_more = 1, agreed.rendezvous_depth - 1
         self._large_sends.open(agreed.eager_size, agreed.max_message_size)
         self._large_receives.open(agreed.rendezvous_depth, agreed.initiator_depth)
         self._receives.large = self
@@ -594,6 +677,10 @@ class Connection:
         """The peer takes the offer of a large message back."""
         self._large_receives.withdrawn(transfer)
 
+    def peer_recalled(self, count: int) -> None:
+        """The peer would like to have data credits back that we do not use."""
+        self._sends.recalled(count)
+
     def peer_closed(self, message: str, *, in_order: bool) -> None:
         """The peer said goodbye."""
         if in_order:
@@ -659,7 +746,11 @@ class Connection:
                 ),
                 keep=True,
             )
-        elif event.type == EventType.CQ_ERR and event.cookie == self._cq.cookie:
+        elif event.type == EventType.QP_LAST_WQE_REACHED:
+            self._receives.last_taken()
+        elif event.type == EventType.SRQ_ERR and self._shared is not None:
+            self._fail_with(DeviceError("the shared receive queue failed"))
+        elif event.type == EventType.CQ_ERR and event.cookie in (self._cq.cookie, self._qp.recv_cq.cookie):
             self._fail_with(DeviceError("the completion queue failed (overrun, or a device error)"))
         elif event.type == EventType.PORT_ERR and event.port == self.route.choice.port.port:
             self._fail_with(
@@ -761,16 +852,34 @@ class Connection:
     async def _drain(self) -> None:
         """Waits until the device has handed back every work request, or the deadline has passed: a dead device
         never flushes."""
-        drained: asyncio.Future[None] = self._loop.create_future()
+        shared, timeout = self._shared, self._config.close_timeout
+        if shared is None:
+            await self._until(lambda: self._sends.posted == 0 and self._receives.drained, timeout)
+            return
+        await self._until(lambda: self._sends.posted == 0, timeout)
+        if shared.tells_last:
+            # Not every device does; then the receive of a message that broke off is lost, at most.
+            shared.tells_last = await self._until(lambda: self._receives.drained, min(timeout, _LAST_RECEIVE))
+
+    async def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Waits until what comes back from the device makes the condition true; False: it did not in time."""
+        met: asyncio.Future[None] = self._loop.create_future()
 
         def check() -> None:
-            if self._sends.posted == 0 and self._receives.ring.posted == 0 and not drained.done():
-                drained.set_result(None)
+            if condition() and not met.done():
+                met.set_result(None)
 
         self._sends.on_idle = self._receives.on_idle = check
         check()
-        await asyncio.wait([drained], timeout=self._config.close_timeout)
+        await asyncio.wait([met], timeout=timeout)
         self._sends.on_idle = self._receives.on_idle = None
+        return met.done()
+
+    def _collect_shared(self) -> None:
+        """What this queue pair has taken of a shared receive queue: its completions would go with it."""
+        if self._shared is not None:
+            self._qp.to_error()
+            self._adapter.reactor.poll_now()
 
     def _destroy(self) -> None:
         """In the order things may die; a step that fails does not keep the next from happening."""
@@ -780,6 +889,7 @@ class Connection:
         steps += [
             self._shares.close_windows,
             self._large_sends.close_windows,
+            self._collect_shared,
             self._qp.close,
             self._shares.close,
             self._sends.close,
@@ -806,6 +916,16 @@ class Connection:
         """The peer's bootstrap address, ``host:port``."""
         return self._peer
 
+    @property
+    def unread(self) -> bool:
+        """True when messages have arrived, other than empty ones, that were not received yet."""
+        return self._receives.unread
+
+    def get_extra_info(self, name: str) -> Any:
+        """What asyncio knows of the bootstrap's TCP connection: ``peername``, ``sockname``, ``socket``,
+        ``ssl_object`` and more, as :meth:`asyncio.BaseTransport.get_extra_info`; None for what it does not."""
+        return self._session.get_extra_info(name) if self._session is not None else None
+
     def statistics(self) -> ConnectionStatistics:
         """A snapshot of windows, queues, reactor and pool."""
         ledger = self._sends.ledger
@@ -820,6 +940,8 @@ class Connection:
             send_slots_used=self._sends.in_flight,
             waiting_for_credit=waiting_credit,
             waiting_for_slot=waiting_slot,
+            receive_credits=self._receives.ledger.window if self._receives.ledger else 0,
+            receive_credits_max=self._config.receive_credits,
             receives_posted=self._receives.ring.posted,
             messages_queued=len(self._receives.messages.items),
             notifications_queued=len(self._receives.notifications.items),
@@ -832,6 +954,7 @@ class Connection:
             remote=len(self._grants),
             reactor=self._adapter.reactor.statistics(),
             pool=self._adapter.pool.statistics(),
+            shared_receives=self._shared.statistics() if self._shared is not None else None,
         )
 
     async def __aenter__(self) -> Self:

@@ -3,7 +3,8 @@
     python examples/one_sided.py server
     python examples/one_sided.py client --port PORT
 
-Each client has an inbox of its own at the server. Two words are shared by all: a counter and a lock.
+Each client has an inbox of its own at the server, and all of them share a counter. What can be built on such
+operations: kv_store.py, locks.py, parameter_server.py.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import contextlib
 import aiordma
 
 INBOX = 1 << 20
-UNLOCKED = 0
+PIECES = 8
 
 
 class Memory:
-    """The server's memory: words for everyone, and an inbox for each connection."""
+    """The server's memory: a counter for everyone, and an inbox for each connection."""
 
     def __init__(self) -> None:
-        self.words: aiordma.Lease | None = None
+        self.counter: aiordma.Lease | None = None
         self.allocating = asyncio.Lock()
 
     async def handler(self, connection: aiordma.Connection) -> None:
         """Shares memory with one client, and tells when it writes with a notification."""
         async with self.allocating:
-            if self.words is None:
-                self.words = await connection.allocate(16)
-        await connection.share("words", self.words, "read|atomic")
+            if self.counter is None:
+                self.counter = await connection.allocate(8)
+        await connection.share("counter", self.counter, "read|atomic")
         async with connection.allocate(INBOX) as inbox:
             await connection.share("inbox", inbox)
             with contextlib.suppress(aiordma.errors.ConnectionClosedError):
@@ -48,31 +49,34 @@ async def server(args: argparse.Namespace, config: aiordma.Config) -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            if memory.words is not None:
-                await memory.words.release()
+            if memory.counter is not None:
+                await memory.counter.release()
 
 
 async def add(connection: aiordma.Connection, times: int) -> None:
     """Counts, together with all the others who do."""
-    words = await connection.remote("words")
+    counter = await connection.remote("counter")
     for _ in range(times):
-        await connection.fetch_add(words[0:8], 1)
+        await connection.fetch_add(counter, 1)
 
 
-async def locked(connection: aiordma.Connection, name: int, log: list[str]) -> None:
-    """Takes the lock (a word that holds its owner's name), works, and gives it back."""
-    lock = (await connection.remote("words"))[8:16]
-    while await connection.compare_swap(lock, UNLOCKED, name) != UNLOCKED:
-        pass  # somebody else has it
-    log.append(f"{name} in")
-    await connection.read(lock)  # something that takes its time
-    log.append(f"{name} out")
-    if await connection.compare_swap(lock, name, UNLOCKED) != name:
-        raise SystemExit("the lock was not ours")
+async def write_and_read(connection: aiordma.Connection) -> None:
+    """One at a time, then several with one doorbell."""
+    inbox = await connection.remote("inbox")
+    text = b"hello, memory"
+    await connection.write(text, inbox[: len(text)], notify=len(text))
+    print(f"written and notified; read back: {await connection.read(inbox[: len(text)])!r}")
+    size = INBOX // PIECES
+    async with connection.batch() as batch:
+        for n in range(PIECES):
+            batch.write(bytes([n]) * size, inbox[n * size : (n + 1) * size])
+        whole = batch.read(inbox)  # in order: it finds what was written before
+    right = await whole == b"".join(bytes([n]) * size for n in range(PIECES))
+    print(f"{PIECES} writes and a read of all of it in one batch: {'right' if right else 'wrong'}")
 
 
 async def client(args: argparse.Namespace, config: aiordma.Config) -> None:
-    """Writes, reads, notifies; then several connections count and lock at the same time."""
+    """Writes, reads, notifies; then several connections count at the same time."""
     async with contextlib.AsyncExitStack() as stack:
         connect = [
             aiordma.connect(args.host, args.port, config=config, token=args.token)
@@ -80,17 +84,11 @@ async def client(args: argparse.Namespace, config: aiordma.Config) -> None:
         ]
         connections = [await stack.enter_async_context(connection) for connection in connect]
         first = connections[0]
-        inbox = await first.remote("inbox")
-        text = b"hello, memory"
-        await first.write(text, inbox[: len(text)], notify=len(text))
-        print(f"written and notified; read back: {await first.read(inbox[: len(text)])!r}")
-        counter = (await first.remote("words"))[0:8]
+        await write_and_read(first)
+        counter = await first.remote("counter")
         before = await first.fetch_add(counter, 0)
         await asyncio.gather(*(add(connection, 50) for connection in connections))
         print(f"{args.clients} connections counted to {await first.fetch_add(counter, 0) - before}")
-        log: list[str] = []
-        await asyncio.gather(*(locked(connection, n + 1, log) for n, connection in enumerate(connections)))
-        print(f"under the lock: {', '.join(log)}")
 
 
 def main() -> None:

@@ -133,7 +133,6 @@ int glue_post_bind_mw(struct ibv_qp *qp, uint64_t wr_id, struct ibv_mw *mw, uint
         .send_flags = IBV_SEND_SIGNALED,
     };
     struct ibv_send_wr *bad;
-    int rc;
 
     wr.bind_mw.mw = mw;
     wr.bind_mw.rkey = new_rkey;
@@ -141,10 +140,7 @@ int glue_post_bind_mw(struct ibv_qp *qp, uint64_t wr_id, struct ibv_mw *mw, uint
     wr.bind_mw.bind_info.addr = addr;
     wr.bind_mw.bind_info.length = length;
     wr.bind_mw.bind_info.mw_access_flags = access;
-    rc = ibv_post_send(qp, &wr, &bad);
-    if (!rc)
-        mw->rkey = new_rkey; /* rxe finds the window by it when it is bound again */
-    return rc;
+    return ibv_post_send(qp, &wr, &bad);
 }
 
 /* Revokes the key of a bound type-2 window. Signaled. */
@@ -214,6 +210,14 @@ int glue_post_recv(struct ibv_qp *qp, uint64_t wr_id, uint64_t addr, uint32_t le
 int glue_post_recv_many(struct ibv_qp *qp, const struct glue_recv_wr *wrs, int num, int *posted)
 {
     return post_recv(qp, NULL, wrs, num, posted);
+}
+
+int glue_post_srq_recv(struct ibv_srq *srq, uint64_t wr_id, uint64_t addr, uint32_t length, uint32_t lkey)
+{
+    struct glue_recv_wr wr = {.wr_id = wr_id, .addr = addr, .length = length, .lkey = lkey};
+    int posted;
+
+    return post_recv(NULL, srq, &wr, 1, &posted);
 }
 
 int glue_post_srq_recv_many(struct ibv_srq *srq, const struct glue_recv_wr *wrs, int num, int *posted)

@@ -4,6 +4,9 @@ Tests marked `device` run on the device that AIORDMA_DEVICE names, else on the f
 Those marked `rxe` are deselected on usroce, those marked `usroce` on any other device. Without a device they are
 skipped with that reason, unless AIORDMA_REQUIRE asks for one ("usroce", or "rxe" for a real one): then its absence
 is a failure.
+
+With AIORDMA_LOOPS=either, an asynchronous test runs on one of the two loops, by its name: where a test takes long
+(an emulated machine, sanitizers), and both loops have had it elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -73,6 +77,8 @@ def required_devices() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("AIORDMA_LOOPS") == "either":
+        keep(config, items, [item for item in items if has_its_loop(item)])
     if not any(item.get_closest_marker("device") for item in items):
         return
     reason = missing_device()
@@ -94,13 +100,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def deselect(config: pytest.Config, items: list[pytest.Item], marker: str) -> None:
     """Leaves out the tests of the other kind of device; what needs both, rxe and usroce, runs where rxe is."""
-    out = [
+    out = {
         item
         for item in items
         if item.get_closest_marker(marker) and (marker == "rxe" or not item.get_closest_marker("rxe"))
-    ]
-    config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if item not in out]
+    }
+    keep(config, items, [item for item in items if item not in out])
+
+
+def keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    """Deselects all but ``kept``, in place."""
+    out = set(items) - set(kept)
+    config.hook.pytest_deselected(items=list(out))
+    items[:] = kept
+
+
+def has_its_loop(item: pytest.Item) -> bool:
+    """True for one of the two runs of an asynchronous test."""
+    loops = [loop for loop in ("asyncio", "uvloop") if f"[{loop}" in item.nodeid]
+    if not loops:
+        return True
+    name = item.nodeid.replace(f"[{loops[0]}", "[", 1)
+    return loops[0] == ("asyncio", "uvloop")[zlib.crc32(name.encode()) % 2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Makes the checkout ready to work: system packages, .venv, the compiled extension.
 
-``python3 tools/setup.py [--for demo|test|bench|lint]`` does what is missing and nothing else, so that the
+``python3 tools/setup.py [--for demo|test|bench|lint|docs]`` does what is missing and nothing else, so that the
 second time costs a fraction of a second.  Three steps, each of which looks before it acts:
 
 1. *System packages.*  Each is known by a file that it brings.  Only what is missing is installed (apt-get, as
@@ -47,7 +47,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("uvloop",),
     "test": ("test",),
     "bench": ("test", "bench"),
-    "lint": ("test", "lint"),
+    "lint": ("test", "lint", "docs"),
+    "docs": ("docs", "lint"),  # ruff wraps the signatures of the reference
 }
 
 #: Programs that the tests need: others' verbs programs run on usroce, ip makes hosts of network namespaces.

@@ -1,4 +1,4 @@
-"""What ``make test``, ``make lint`` and ``make sanitize`` run, once tools/setup.py has made all ready.
+"""What ``make test``, ``lint``, ``docs`` and ``sanitize`` run, once tools/setup.py has made all ready.
 
 *test*: the tests that need no device run on this machine, then those marked ``device``: on usroce, here, and on
 rxe, through tools.rxe.  Each part is an ordinary pytest run; the last line adds them up.  If AIORDMA_DEVICE
@@ -32,13 +32,16 @@ from tools.setup import PYTHON, ROOT, VENV, SetupError, build, built_modules, to
 REPORTS = ROOT / "build"
 ASAN = ROOT / "build-asan"
 SITE = ASAN / "site"
+SITE_DOCS = ROOT / "build-docs"
 
 USROCE = {"AIORDMA_DEVICE": "usroce0", "AIORDMA_REQUIRE": "usroce"}
+#: usroce has all tests on both event loops; where they take long, each has one of the two (tests/conftest.py).
+EITHER_LOOP = {"AIORDMA_LOOPS": os.environ.get("AIORDMA_LOOPS", "either")}
 NO_USROCE = {"AIORDMA_USROCE": "0", "AIORDMA_REQUIRE": ""}
 
 RXE = [str(PYTHON), "-m", "tools.rxe"]
 RXE_FAILED = 125
-DEADLINE = 2400  # seconds, for one run in a virtual machine
+DEADLINE = 3600  # seconds, for one run in a virtual machine
 
 PYTEST_FAILED = 1
 PYTEST_NONE_COLLECTED = 5
@@ -59,13 +62,15 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.suite")
-    parser.add_argument("action", choices=["test", "lint", "sanitize"])
+    parser.add_argument("action", choices=["test", "lint", "docs", "sanitize"])
     parser.add_argument("pytest", nargs=argparse.REMAINDER, metavar="PYTEST ARGUMENTS")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     try:
         if options.action == "lint":
             return lint()
+        if options.action == "docs":
+            return docs()
         run = test if options.action == "test" else sanitize
         return run(options.pytest)
     except SetupError as error:
@@ -119,7 +124,8 @@ def device_tests_match(arguments: Sequence[str], settings: Mapping[str, str]) ->
 
 def rxe_outcome(arguments: Sequence[str]) -> Outcome:
     say("tests that need a device, on rxe (tools.rxe)")
-    outcome = pytest("rxe", arguments, launcher=rxe(), settings={"AIORDMA_REQUIRE": "rxe"})
+    settings = {"AIORDMA_REQUIRE": "rxe"} | EITHER_LOOP
+    outcome = pytest("rxe", arguments, launcher=rxe(), settings=settings)
     if outcome.status == RXE_FAILED and not os.environ.get("AIORDMA_REQUIRE") and rxe_cannot_be_had():
         say("soft-RoCE cannot be had here (see above): the tests on rxe are skipped")
         return pytest("rxe", arguments, settings=NO_USROCE)
@@ -195,8 +201,25 @@ def lint() -> int:
     except SetupError as error:
         say(str(error))
         failed.append("C code")
+    if docs():
+        failed.append("documentation")
     say(f"lint failed: {', '.join(failed)}" if failed else "lint: all clean")
     return 1 if failed else 0
+
+
+# Documentation
+
+
+def docs() -> int:
+    """The site, in build-docs/; a link that leads nowhere is an error. Needs no network."""
+    say("documentation (mkdocs)")
+    argv = [str(PYTHON), "-m", "mkdocs", "build", "--strict", "--quiet"]
+    # The theme announces other generators; which one is used is the affair of pyproject.toml.
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    status = subprocess.run(argv, env=environment, check=False).returncode
+    if status == 0:
+        say(f"the documentation is in {SITE_DOCS.relative_to(ROOT)}/index.html")
+    return status
 
 
 # Sanitize
@@ -264,6 +287,7 @@ def sanitizer_settings(runtime: str) -> dict[str, str]:
     log = f"log_path={ASAN / 'report'}"
     return {
         "AIORDMA_SANITIZE": "1",
+        **EITHER_LOOP,
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=64:{log}",
         "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:{log}",
@@ -271,7 +295,7 @@ def sanitizer_settings(runtime: str) -> dict[str, str]:
         "PYTHONMALLOC": "malloc",
         # The working directory would come before the path, and with it the other build.
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": f"{SITE}:{ROOT}",
+        "PYTHONPATH": f"{SITE}:{ROOT}:{ROOT / 'examples'}",
     }
 
 

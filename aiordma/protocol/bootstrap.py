@@ -53,6 +53,7 @@ from .bootstrap_models import (
     LinkLayer,
     OwnSide,
     Ready,
+    Recall,
     RefusalCode,
     Refused,
     SessionMessage,
@@ -88,6 +89,7 @@ __all__ = [
     "Hello",
     "HelloReceived",
     "LinkLayer",
+    "Recall",
     "RefusalCode",
     "ServerHandshake",
     "SessionDecoder",
@@ -116,7 +118,8 @@ class Agreed:
     """The outcome of a handshake, seen from one side.
 
     ``initiator_depth`` and ``responder_depth`` go into ``max_rd_atomic`` and ``max_dest_rd_atomic``;
-    ``send_credits`` and ``control_credits`` are the receives the peer has posted for us, ``max_message_size`` the
+    ``send_credits`` and ``control_credits`` are the receives the peer has posted for us at first,
+    ``send_credits_max`` what it may give us later, ``max_message_size`` the
     largest message it takes. ``authenticated`` says that the peer has proved to know the token.
     """
 
@@ -127,6 +130,7 @@ class Agreed:
     initiator_depth: int
     responder_depth: int
     send_credits: int
+    send_credits_max: int
     control_credits: int
     rendezvous_depth: int
     max_message_size: int
@@ -200,6 +204,7 @@ def negotiate(
         initiator_depth=min(local.initiator_depth, remote.responder_depth),
         responder_depth=min(local.responder_depth, remote.initiator_depth),
         send_credits=remote.receive_credits,
+        send_credits_max=remote.receive_credits_max,
         control_credits=remote.control_credits,
         rendezvous_depth=min(local.rendezvous_depth, remote.rendezvous_depth),
         max_message_size=remote.max_message_size,
@@ -394,8 +399,9 @@ class _Handshake:
     """What both roles share: framing, the step table, the transcript, refusals.
 
     ``nonce``: 32 fresh random bytes. ``token``: the secret that both sides know. ``features``: what this side
-    can do beyond the version. ``software``: free text for the peer's log. ``peer``: the other side's address,
-    for exceptions. Raises MisuseError for arguments that no frame can carry.
+    can do beyond the version. ``requires``: those (offered as well) without which a peer is of no use.
+    ``software``: free text for the peer's log. ``peer``: the other side's address, for exceptions. Raises
+    MisuseError for arguments that no frame can carry.
     """
 
     _ROLE_STEPS: ClassVar[Mapping[Auth, _Steps]]
@@ -407,6 +413,7 @@ class _Handshake:
         nonce: bytes,
         token: str | bytes | None = None,
         features: Iterable[str] = (),
+        requires: Iterable[str] = (),
         software: str = "",
         versions: Iterable[int] = PROTOCOL_VERSIONS,
         peer: str | None = None,
@@ -416,7 +423,8 @@ class _Handshake:
         self._steps = self._ROLE_STEPS[self._auth]
         self._state = self._START
         self._nonce = _nonce_hex(nonce)
-        own = OwnSide.of(versions, features)
+        self._required = frozenset(requires)
+        own = OwnSide.of(versions, {*features, *self._required})
         self._versions = own.versions
         self._features = own.features
         self._software = printable(software, 64)
@@ -531,6 +539,11 @@ class _Handshake:
         if not hmac.compare_digest(self._transcript.mac(self._key, label), proof.mac):
             raise AuthenticationError(message)
 
+    def _check_features(self, offered: Iterable[str], who: str) -> None:
+        missing = sorted(self._required.difference(offered))
+        if missing:
+            raise IncompatibleError(f"this side speaks {', '.join(missing)}, and the {who} does not")
+
     def _check_echo(self, echo: str, what: str) -> None:
         if not hmac.compare_digest(echo, self._nonce):
             raise AuthenticationError(f"the {what}: it was replayed or altered on its way")
@@ -606,6 +619,7 @@ class ClientHandshake(_Handshake):
             )
         if not set(welcome.features) <= set(self._features):
             raise MalformedHandshakeError("welcome frame: features: one that was not offered")
+        self._check_features(welcome.features, "server")
         assert self._local is not None
         self._agreed = negotiate(
             self._local,
@@ -678,12 +692,16 @@ class ServerHandshake(_Handshake):
                 f"{_listed(hello.versions)} at the client"
             )
         self._hello = hello
-        return HelloReceived(hello) if self._key is None else None
+        return self._believed(hello) if self._key is None else None
 
     def _on_auth(self, proof: AuthFrame) -> Event:
         self._check_proof(proof, CLIENT_LABEL, "the token is wrong, or a frame was altered on its way")
         assert self._hello is not None
-        return HelloReceived(self._hello)
+        return self._believed(self._hello)
+
+    def _believed(self, hello: Hello) -> Event:
+        self._check_features(hello.features, "client")
+        return HelloReceived(hello)
 
     def _on_ready(self, ready: Ready) -> Event:
         return Established(self.agreed)

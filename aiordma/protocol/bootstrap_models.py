@@ -267,7 +267,8 @@ class Endpoint(Model):
 
     ``initiator_depth`` and ``responder_depth`` are the RDMA READs and atomics it may have outstanding and is
     ready to serve (``max_rd_atomic`` and ``max_dest_rd_atomic`` of ibv_modify_qp(3)). ``receive_credits`` are
-    receives posted for data, ``control_credits`` those reserved for control frames on top. ``rendezvous_depth``
+    receives posted for data at first, ``receive_credits_max`` what may become of them, ``control_credits`` those
+    reserved for control frames on top. ``rendezvous_depth``
     offers of large messages may be under way to it, of up to ``max_message_size`` bytes. ``gid`` may be given as
     IPv6 text and is kept as 32 hex digits.
     """
@@ -284,6 +285,7 @@ class Endpoint(Model):
     responder_depth: Depth
     eager_size: Annotated[int, Field(ge=64, le=1 << 20)]
     receive_credits: Annotated[int, Field(ge=1, le=4096)]
+    receive_credits_max: Annotated[int, Field(ge=1, le=4096)]
     control_credits: Annotated[int, Field(ge=4, le=64)]
     rendezvous_depth: Annotated[int, Field(ge=1, le=64)]
     max_message_size: Annotated[int, Field(ge=64, le=1 << 40)]
@@ -309,6 +311,12 @@ class Endpoint(Model):
             raise ValueError(f"gid_type: {self.gid_type} does not occur on {self.link_layer}")
         if self.link_layer == "ethernet" and not _is_unicast(self.address):
             raise ValueError("gid: a unicast address is due")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_below_its_maximum(self) -> Self:
+        if self.receive_credits > self.receive_credits_max:
+            raise ValueError("receive_credits: more than receive_credits_max")
         return self
 
 
@@ -410,6 +418,13 @@ class Withdraw(Model):
     transfer: Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
 
+class Recall(Model):
+    """The sender would like to have data credits back that the receiver does not use: protocol/credit.py."""
+
+    type: Literal["recall"] = "recall"
+    count: Annotated[int, Field(ge=1, le=4096)]
+
+
 class Close(Model):
     """Last frame of a session. ``status`` is a completion status by name when one was the reason."""
 
@@ -420,7 +435,7 @@ class Close(Model):
 
 
 HandshakeFrame = Greeting | Hello | AuthFrame | Welcome | Ready | Refused
-SessionMessage = Share | Unshare | Withdraw | Close
+SessionMessage = Share | Unshare | Withdraw | Recall | Close
 
 HANDSHAKE_MODELS: dict[str, type[HandshakeFrame]] = {
     "greeting": Greeting,
@@ -434,6 +449,7 @@ SESSION_MODELS: dict[str, type[SessionMessage]] = {
     "share": Share,
     "unshare": Unshare,
     "withdraw": Withdraw,
+    "recall": Recall,
     "close": Close,
 }
 

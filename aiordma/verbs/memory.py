@@ -108,6 +108,12 @@ class MemoryWindow(Owner):
         """
         return (self.rkey & ~0xFF) | ((self.rkey + 1) & 0xFF)
 
+    def rebound(self, rkey: int) -> None:
+        """A binding with this key was posted. The library's structure is told as well: rxe names the key before
+        the new one in the next binding from there, and its kernel refuses a wrong one."""
+        self.rkey = rkey
+        self._handle.rkey = rkey
+
     def _destroy(self) -> None:
         check(lib.glue_dealloc_mw(self._handle), "ibv_dealloc_mw")
 

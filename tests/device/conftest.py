@@ -14,6 +14,7 @@ from aiordma import Config, Server
 from aiordma.testing import Acceptor, Pair, connected_pair
 from aiordma.verbs import Context, usroce
 from tests.conftest import device_under_test
+from tests.device.stream_ends import Network, network
 
 __all__ = ["Acceptor", "MakePair", "Pair"]
 
@@ -54,6 +55,20 @@ async def pair(no_leaked_tasks: None) -> AsyncIterator[MakePair]:
             return await stack.enter_async_context(made)
 
         yield make
+
+
+@pytest.fixture(params=["tcp", "rdma"])
+async def net(request: pytest.FixtureRequest, no_leaked_tasks: None) -> AsyncIterator[Network]:
+    """Streams of both kinds: a test that asks for it runs on asyncio's TCP and on RDMA."""
+    async with network(request.param) as made:
+        yield made
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Streams are compared with asyncio's own TCP transport, not with uvloop's, which differs from it."""
+    out = [item for item in items if "[uvloop-tcp" in item.name]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 #: What usroce devices that are closed by now had counted.

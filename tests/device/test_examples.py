@@ -2,83 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-import aiordma
+from .programs import output, running, served
 
 pytestmark = pytest.mark.device
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-PACKAGE = Path(aiordma.__file__).resolve().parents[1]
-DEADLINE = 60.0  # seconds; the machine may be emulated
 TOKEN = "--token=correct horse"
 
 
-def start(name: str, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(EXAMPLES / name), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
-    )
-
-
-@contextlib.contextmanager
-def running(name: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that is killed after the deadline, and at the end of the block."""
-    with start(name, *options) as process:
-        timer = threading.Timer(DEADLINE, process.kill)
-        timer.start()
-        try:
-            yield process
-        finally:
-            timer.cancel()
-            process.kill()
-
-
-def output(name: str, *options: str) -> str:
-    """What a program prints that must succeed."""
-    with running(name, *options) as process:
-        text, _ = process.communicate()
-    assert process.returncode == 0, text
-    return text
-
-
-def served(server: list[str], client: list[str]) -> str:
-    """What a client prints against a server."""
-    with running(*server, TOKEN) as process:
-        assert process.stdout is not None
-        port = process.stdout.readline().strip()
-        assert port.isdigit(), port + process.stdout.read()
-        return output(*client, TOKEN, "--port", port)
-
-
 def test_echo() -> None:
-    text = served(["echo.py", "server"], ["echo.py", "client", "--count=50", "--mode=event"])
+    text = served(["echo.py", "server"], ["echo.py", "client", "--count=50", "--mode=event"], TOKEN)
     assert "50 echoes of 64 bytes, median round trip" in text
 
 
 def test_one_sided() -> None:
-    text = served(["one_sided.py", "server"], ["one_sided.py", "client"])
+    text = served(["one_sided.py", "server"], ["one_sided.py", "client"], TOKEN)
     assert "read back: b'hello, memory'" in text
     assert "3 connections counted to 150" in text
-    turns = text.split("under the lock: ")[1].strip().split(", ")
-    owners = [turn.split()[0] for turn in turns[::2]]
-    assert sorted(owners) == ["1", "2", "3"]
-    assert turns == [f"{owner} {way}" for owner in owners for way in ("in", "out")]
+    assert "8 writes and a read of all of it in one batch: right" in text
 
 
 def test_rpc() -> None:
-    text = served(["rpc_server.py"], ["rpc_client.py"])
+    text = served(["rpc_server.py"], ["rpc_client.py"], TOKEN)
     assert "the server is SERVING" in text
     assert "stored 100 entries" in text
     assert "100 calls at the same time, all replies right" in text
@@ -96,6 +42,14 @@ def test_the_rpc_server_ends_in_order() -> None:
         process.terminate()
         text, _ = process.communicate()
     assert (process.returncode, text) == (0, "")
+
+
+def test_http() -> None:
+    text = served(["http_over_rdma.py", "server"], ["http_over_rdma.py", "client", "--size=3000000"], TOKEN)
+    assert "hello 127.0.0.1" in text
+    assert "uploaded 3000000 bytes, digest right" in text
+    assert "downloaded 3000000 bytes" in text
+    assert "websocket echo: over RDMA" in text
 
 
 def test_demo() -> None:

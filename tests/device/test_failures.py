@@ -61,7 +61,8 @@ async def in_flight(
     ``cut`` is called when nothing is under way yet.
     """
     remote = await connection.remote(name)
-    window = [connection.send(b"fills the peer's window") for _ in range(64)]
+    credits = connection.statistics().send_credits
+    window = [connection.send(b"fills the peer's window") for _ in range(credits)]
     await asyncio.gather(*window)
     data = bytes(1 << 20)
     cut()
@@ -217,13 +218,14 @@ async def _port_active() -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_what_had_arrived_is_still_received(pair: MakePair) -> None:
-    both = await pair()
-    for i in range(20):
+@pytest.mark.parametrize(("shared", "count"), [(0, 20), (None, Config().min_credits)])
+async def test_what_had_arrived_is_still_received(pair: MakePair, shared: int | None, count: int) -> None:
+    both = await pair(Config(shared_receives=shared))
+    for i in range(count):
         await both.client.send(b"%d" % i)
     both.client.close()
     await both.server.wait_closed()
-    for i in range(20):
+    for i in range(count):
         assert await both.server.recv() == b"%d" % i
     with pytest.raises(ConnectionClosedError):
         await both.server.recv()

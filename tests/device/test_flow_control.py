@@ -128,7 +128,7 @@ async def test_writes_pass_messages_that_wait_for_credit(pair: MakePair) -> None
 
 
 async def test_waiting_for_memory_is_fair_and_bounded(pair: MakePair) -> None:
-    both = await pair(Config(pool_limit=8 << 20))
+    both = await pair(Config(pool_limit=10 << 20))
     pool = both.client.statistics().pool
     leases = [await both.client.allocate(1 << 20) for _ in range(5)]
     waiting = [
@@ -145,8 +145,8 @@ async def test_waiting_for_memory_is_fair_and_bounded(pair: MakePair) -> None:
     for future in waiting:
         await (await future).release()
     with pytest.raises(aiordma.errors.MemoryLimitError) as caught:
-        await both.client.allocate(9 << 20)
-    assert caught.value.limit == 8 << 20
+        await both.client.allocate(11 << 20)
+    assert caught.value.limit == 10 << 20
     assert (await asyncio.gather(cancelled, return_exceptions=True))[0].__class__ is asyncio.CancelledError
 
 

@@ -268,7 +268,7 @@ async def test_a_lease_outlives_its_connection(pair: MakePair) -> None:
 
 
 async def test_a_lease_larger_than_the_pool_is_refused_and_the_message_stays(pair: MakePair) -> None:
-    both = await pair(Config(pool_limit=2 * MIB, slab_size=MIB))
+    both = await pair(Config(pool_limit=2 * MIB, slab_size=MIB // 2))
     data = pattern(4 * MIB)
     send = both.client.send(data)
     with pytest.raises(MemoryLimitError):

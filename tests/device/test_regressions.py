@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 from typing import Any
 
 import pytest
@@ -50,6 +51,25 @@ async def test_a_lease_outlives_the_device(pair: MakePair) -> None:
         await lease.release()
 
 
+async def test_a_lease_and_its_view_are_collected_in_any_order(pair: MakePair) -> None:
+    """The garbage collector had cleared the lease when its view went and told it: an unraisable AttributeError."""
+    both = await pair()
+    gc.disable()  # a collection in between might change the order
+    lease = await both.client.allocate(100)
+    view = memoryview(lease)
+    for connection in (both.client, both.server):
+        connection.close()
+        await connection.wait_closed()
+    both.listener.close()
+    await both.listener.wait_closed()
+    await lease.release()
+    cycle: list[object] = [lease, view]
+    cycle.append(cycle)
+    del lease, view, cycle
+    gc.enable()
+    gc.collect()
+
+
 async def test_a_waiter_that_gave_up_does_not_block_those_behind(pair: MakePair) -> None:
     both = await pair(Config(pool_limit=8 * MIB))
     held = await both.client.allocate(3 * MIB)
@@ -63,7 +83,7 @@ async def test_a_waiter_that_gave_up_does_not_block_those_behind(pair: MakePair)
 
 async def test_memory_comes_back_with_the_last_view(pair: MakePair) -> None:
     """A lease released under a live view: nobody woke those who waited when the view went."""
-    both = await pair(Config(pool_limit=8 * MIB))
+    both = await pair(Config(pool_limit=10 * MIB))
     held = await both.client.allocate(3 * MIB)
     view = memoryview(held)
     await held.release()
@@ -189,7 +209,7 @@ async def test_no_room_in_the_completion_queues_gives_everything_back(
 
 
 async def test_a_pool_too_small_for_a_connection_says_so() -> None:
-    config = Config(pool_limit=MIB, slab_size=MIB, send_depth=4096, eager_size=4096)
+    config = Config(pool_limit=MIB, slab_size=MIB // 4, receive_credits=4096)
     async with aiordma.serve(_echo, "127.0.0.1", 0, config=config) as server:
         with pytest.raises((MemoryLimitError, aiordma.errors.BootstrapError)):
             await aiordma.connect("127.0.0.1", server.port, config=config)
@@ -216,3 +236,31 @@ async def test_a_new_receiver_does_not_overtake_one_that_was_woken(pair: MakePai
     receivers += [asyncio.ensure_future(receive(i)) for i in range(len(receivers), 200)]
     await asyncio.gather(*receivers, *sends)
     assert [message for _, message in sorted(order)] == numbers
+
+
+async def test_a_window_that_cannot_be_bound_fails_its_message_only(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offer was sent all the same, and send() raised "posted while ended" on this side."""
+    client, server = await pair()
+    if client.route.adapter.attributes.memory_windows:
+        with monkeypatch.context() as patch:
+            patch.setattr(QueuePair, "post_bind", refuse_to_bind)
+            with pytest.raises(DeviceError, match="refuses to bind"):
+                await client.send(bytes(100_000))
+    send = client.send(bytes(100_000))
+    assert await server.recv() == bytes(100_000)
+    await send
+
+
+def refuse_to_bind(*_: Any) -> None:
+    raise DeviceError("the device refuses to bind")
+
+
+async def test_a_window_is_bound_again_and_again(pair: MakePair) -> None:
+    """The library's structure kept the window's first key, so rxe refused every binding but the first."""
+    client, server = await pair()
+    for i in range(5):
+        send = client.send(bytes([i]) * 100_000)
+        assert await server.recv() == bytes([i]) * 100_000
+        await send

@@ -48,6 +48,7 @@ def endpoint(**changes: Any) -> b.Endpoint:
         "responder_depth": 16,
         "eager_size": 8192,
         "receive_credits": 64,
+        "receive_credits_max": 64,
         "control_credits": 4,
         "rendezvous_depth": 8,
         "max_message_size": 1 << 30,
@@ -401,6 +402,38 @@ def test_unoffered_version_or_feature_in_welcome() -> None:
         waiting_client().receive_data(packed({**welcome, "features": ["streams"]}))
 
 
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_server_refuses_a_client_without_what_it_requires(token: str | None) -> None:
+    pair = Pair(token)
+    pair.server = server(token=token, requires=["stream"])
+    with pytest.raises(IncompatibleError, match="speaks stream, and the client does not") as caught:
+        pair.pass_to(pair.server, pair.up_to_hello())
+    with pytest.raises(IncompatibleError, match="speaks stream"):
+        pair.client.receive_data(pair.server.refuse_error(caught.value))
+
+
+def test_a_stranger_is_not_told_what_a_server_requires() -> None:
+    pair = Pair(TOKEN)
+    pair.server = server(token="another token", requires=["stream"])
+    with pytest.raises(AuthenticationError):
+        pair.pass_to(pair.server, pair.up_to_hello())
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_client_refuses_a_server_without_what_it_requires(token: str | None) -> None:
+    pair = Pair(token)
+    pair.client = client(token=token, requires=["stream"])
+    with pytest.raises(IncompatibleError, match="speaks stream, and the server does not"):
+        pair.pass_to(pair.client, pair.up_to_welcome())
+
+
+def test_what_is_required_is_offered() -> None:
+    pair = Pair()
+    pair.client, pair.server = client(requires=["stream"]), server(requires=["stream"])
+    ours, theirs = pair.run()
+    assert ours.features == theirs.features == {"rpc", "stream"}
+
+
 def test_unknown_fields_are_ignored() -> None:
     hello = good_hello()
     hello["future"] = {"deep": [1, {"x": None}], "real": 1.5}
@@ -433,12 +466,17 @@ def test_nonce_length() -> None:
 def test_negotiate_takes_what_both_can() -> None:
     local = endpoint(initiator_depth=4, responder_depth=100, eager_size=64, mtu=256, control_credits=9)
     remote = endpoint(
-        initiator_depth=7, responder_depth=2, eager_size=4096, receive_credits=5, control_credits=6
+        initiator_depth=7,
+        responder_depth=2,
+        eager_size=4096,
+        receive_credits=5,
+        receive_credits_max=7,
+        control_credits=6,
     )
     agreed = b.negotiate(local, remote, version=1, features=["rpc"])
     assert (agreed.initiator_depth, agreed.responder_depth) == (2, 7)
     assert (agreed.mtu, agreed.eager_size) == (256, 64)
-    assert (agreed.send_credits, agreed.control_credits) == (5, 6)
+    assert (agreed.send_credits, agreed.send_credits_max, agreed.control_credits) == (5, 7, 6)
 
 
 INFINIBAND: Obj = {"link_layer": "infiniband", "gid_type": "ib", "lid": 3, "gid": "fe80::1"}
@@ -700,6 +738,7 @@ def test_required_fields() -> None:
         ("initiator_depth", [-1, 256]),
         ("eager_size", [63, (1 << 20) + 1]),
         ("receive_credits", [0, 4097]),
+        ("receive_credits_max", [0, 63, 4097]),
         ("control_credits", [0, 3, 65]),
         ("rendezvous_depth", [0, 65]),
         ("max_message_size", [0, 63, (1 << 40) + 1]),

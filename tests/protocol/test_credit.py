@@ -12,20 +12,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from aiordma.errors import MisuseError, ProtocolError
 from aiordma.protocol.credit import CONTROL_WINDOW, CreditLedger
 
-# What travels: ("data" | "notify" | "control", data limit, control limit).
-Frame = tuple[str, int, int]
+# What travels: ("data" | "notify" | "control" | "return", data limit, control limit, credits given up).
+Frame = tuple[str, int, int, int]
 
 
 class Side:
     """One end as Connection drives a ledger: a receive queue, the user's inbox, frames on the way out."""
 
-    def __init__(self, window: int, peer_window: int, control: int = CONTROL_WINDOW) -> None:
+    def __init__(
+        self, window: int, peer_window: int, control: int = CONTROL_WINDOW, most: int = 0, peer_most: int = 0
+    ) -> None:
         self.ledger = CreditLedger(
-            window=window, peer_window=peer_window, control=control, peer_control=control
+            window=window,
+            peer_window=peer_window,
+            peer_window_max=peer_most,
+            control=control,
+            peer_control=control,
         )
+        self.most = max(most, window)
         self.posted = window + control
         self.inbox = 0
         self.wire: deque[Frame] = deque()
+        self.recalls: deque[int] = deque()  # on the way to the peer, by TCP: in no order with the wire
+        self.wish = 0  # what the peer recalled and we have not answered
 
     def key(self) -> tuple[object, ...]:
         """The state up to the absolute counters: what decides about every future."""
@@ -34,11 +43,12 @@ class Side:
             led.data_credits,
             led.control_credits,
             led.data_told - led.data_received,
-            led.data_released + led._window - led.data_told,
+            led.data_released + led.window - led.data_told,
             led.control_received + led._control - led.control_told,
             self.posted,
             self.inbox,
-            tuple((k, d - led.data_released, c - led.control_received) for k, d, c in self.wire),
+            tuple((k, d - led.data_released, c - led.control_received, n) for k, d, c, n in self.wire),
+            (led.window, led.asked, self.wish, tuple(self.recalls)),
         )
 
     def clone(self) -> Side:
@@ -47,36 +57,67 @@ class Side:
         for name in CreditLedger.__slots__:
             setattr(other.ledger, name, getattr(self.ledger, name))
         other.posted, other.inbox, other.wire = self.posted, self.inbox, deque(self.wire)
+        other.most, other.recalls, other.wish = self.most, deque(self.recalls), self.wish
         return other
 
     def send(self, kind: str) -> None:
         if kind == "notify":
             self.ledger.send_data()
-            self.wire.append(("notify", 0, 0))
+            self.wire.append(("notify", 0, 0, 0))
             return
         if kind == "data":
             self.ledger.send_data()
         else:
             self.ledger.send_control()
-        self.wire.append((kind, *self.ledger.stamp()))
+        self.wire.append((kind, *self.ledger.stamp(), 0))
 
     def update(self) -> None:
         while self.ledger.update_due():
             self.send("control")
 
     def deliver_from(self, other: Side) -> None:
-        kind, data, control = other.wire.popleft()
+        kind, data, control, given_up = other.wire.popleft()
         assert self.posted > 0, "receiver not ready"
         self.posted -= 1
         if kind == "control":
             self.posted += 1
             self.ledger.receive_control()
+        elif kind == "return":
+            self.posted += 1 - given_up
+            self.ledger.receive_return(given_up)
         else:
             self.inbox += 1
             self.ledger.receive_data()
         if kind != "notify":
             self.ledger.learn(data, control)
         self.update()
+
+    def grow(self) -> None:
+        """A receive more for the peer."""
+        self.posted += 1
+        self.ledger.grow(1)
+        self.update()
+
+    def shrink(self, count: int) -> None:
+        """Less for the peer: at once what it was not told of, by a recall what it was."""
+        at_once = self.ledger.shrink(count)
+        self.posted -= at_once
+        if asked := self.ledger.recall(count - at_once):
+            self.recalls.append(asked)
+        self.update()
+
+    def hear_recall(self, other: Side) -> None:
+        """A recall of the other side arrives."""
+        assert not self.wish, "one at a time"
+        self.wish = other.recalls.popleft()
+
+    def may_give_back(self) -> bool:
+        return self.wish > 0 and self.ledger.data_credits > 0
+
+    def give_back(self) -> None:
+        count = self.ledger.give_back(self.wish, 0)
+        self.wish = 0
+        self.wire.append(("return", *self.ledger.stamp(), count))
 
     def take(self) -> None:
         self.inbox -= 1
@@ -92,6 +133,14 @@ def quiesce(a: Side, b: Side, *, take: bool) -> None:
             b.deliver_from(a)
         elif b.wire:
             a.deliver_from(b)
+        elif a.recalls:
+            b.hear_recall(a)
+        elif b.recalls:
+            a.hear_recall(b)
+        elif a.may_give_back():
+            a.give_back()
+        elif b.may_give_back():
+            b.give_back()
         elif take and a.inbox:
             a.take()
         elif take and b.inbox:
@@ -101,13 +150,20 @@ def quiesce(a: Side, b: Side, *, take: bool) -> None:
     raise AssertionError("credit frames answer each other without end")
 
 
-@pytest.mark.parametrize(("window_a", "window_b", "control"), [(1, 1, 3), (1, 1, 4), (2, 1, 4), (2, 2, 4)])
-def test_every_order_of_events(window_a: int, window_b: int, control: int) -> None:
+@pytest.mark.parametrize(
+    ("window_a", "window_b", "control", "most"),
+    [(1, 1, 3, 1), (1, 1, 4, 1), (2, 1, 4, 2), (2, 2, 4, 2), (1, 1, 3, 3), (2, 1, 4, 4)],
+)
+def test_every_order_of_events(window_a: int, window_b: int, control: int, most: int) -> None:
     """From every reachable state, once all is delivered and taken, both can send again.
 
-    The search is exhaustive for windows of 1; for larger ones it ends, breadth first, after 5,000 states.
+    The search is exhaustive for windows of 1; for larger ones, and for those that grow to ``most`` and shrink, it
+    ends, breadth first, after 5,000 states.
     """
-    start = (Side(window_a, window_b, control), Side(window_b, window_a, control))
+    start = (
+        Side(window_a, window_b, control, most, most),
+        Side(window_b, window_a, control, most, most),
+    )
     seen = {(start[0].key(), start[1].key())}
     todo = deque([start])
     while todo and len(seen) < 5_000:
@@ -116,20 +172,14 @@ def test_every_order_of_events(window_a: int, window_b: int, control: int) -> No
         quiesce(*final, take=True)
         for side in final:
             assert side.ledger.data_credits > 0, "a sender is blocked though its peer took everything"
-        for step in range(8):
+            assert not side.ledger.asked, "a recall without an answer"
+        for index in range(16):
             after = (a.clone(), b.clone())
-            me, peer = (after[0], after[1]) if step % 2 == 0 else (after[1], after[0])
-            action = step // 2
-            if action == 0 and me.ledger.data_credits:
-                me.send("data")
-            elif action == 1 and me.ledger.data_credits:
-                me.send("notify")
-            elif action == 2 and peer.wire:
-                me.deliver_from(peer)
-            elif action == 3 and me.inbox:
-                me.take()
-            else:
+            me, peer = after if index % 2 == 0 else after[::-1]
+            if not step(me, peer, index // 2):
                 continue
+            assert len(me.wire) <= peer.posted
+            assert len(peer.wire) <= me.posted
             key = (after[0].key(), after[1].key())
             if key not in seen:
                 seen.add(key)
@@ -137,12 +187,39 @@ def test_every_order_of_events(window_a: int, window_b: int, control: int) -> No
     assert len(seen) > 50
 
 
+def step(me: Side, peer: Side, action: int) -> bool:
+    """One event, if it can happen now."""
+    match action:
+        case 0 if me.ledger.data_credits:
+            me.send("data")
+        case 1 if me.ledger.data_credits:
+            me.send("notify")
+        case 2 if peer.wire:
+            me.deliver_from(peer)
+        case 3 if me.inbox:
+            me.take()
+        case 4 if me.ledger.window < me.most:
+            me.grow()
+        case 5 if me.ledger.window > 1 and me.most > 2:
+            me.shrink(me.ledger.window - 1)
+        case 6 if peer.recalls:
+            me.hear_recall(peer)
+        case 7 if me.may_give_back():
+            me.give_back()
+        case _:
+            return False
+    return True
+
+
 class CreditMachine(RuleBasedStateMachine):
     """Random windows, random order: the invariants hold in every state."""
 
-    @initialize(a=st.integers(1, 40), b=st.integers(1, 40))
-    def start(self, a: int, b: int) -> None:
-        self.sides = (Side(a, b), Side(b, a))
+    @initialize(a=st.integers(1, 40), b=st.integers(1, 40), more=st.sampled_from([0, 1, 40]))
+    def start(self, a: int, b: int, more: int) -> None:
+        self.sides = (
+            Side(a, b, most=a + more, peer_most=b + more),
+            Side(b, a, most=b + more, peer_most=a + more),
+        )
         self.sent = [0, 0]
         self.taken = [0, 0]
 
@@ -162,6 +239,26 @@ class CreditMachine(RuleBasedStateMachine):
         for _ in range(min(count, self.sides[who].inbox)):
             self.sides[who].take()
             self.taken[who] += 1
+
+    @rule(who=st.integers(0, 1), count=st.integers(1, 20))
+    def grow(self, who: int, count: int) -> None:
+        side = self.sides[who]
+        for _ in range(min(count, side.most - side.ledger.window)):
+            side.grow()
+
+    @rule(who=st.integers(0, 1), count=st.integers(1, 50))
+    def shrink(self, who: int, count: int) -> None:
+        self.sides[who].shrink(count)
+
+    @rule(who=st.integers(0, 1))
+    def recall_arrives(self, who: int) -> None:
+        if self.sides[1 - who].recalls:
+            self.sides[who].hear_recall(self.sides[1 - who])
+
+    @rule(who=st.integers(0, 1))
+    def give_back(self, who: int) -> None:
+        if self.sides[who].may_give_back():
+            self.sides[who].give_back()
 
     @precondition(lambda self: hasattr(self, "sides"))
     @rule()
@@ -183,14 +280,15 @@ class CreditMachine(RuleBasedStateMachine):
             return
         for me, peer in (self.sides, self.sides[::-1]):
             assert len(me.wire) <= peer.posted
-            assert peer.posted + peer.inbox == peer.ledger._window + peer.ledger._control
+            assert peer.posted + peer.inbox == peer.ledger.window + peer.ledger._control
+            assert 1 <= peer.ledger.window <= peer.most
 
     @invariant()
     def nothing_lost(self) -> None:
         if not hasattr(self, "sides"):
             return
         for who in (0, 1):
-            flying = sum(kind != "control" for kind, _, _ in self.sides[who].wire)
+            flying = sum(kind in ("data", "notify") for kind, *_ in self.sides[who].wire)
             assert self.sent[who] == flying + self.sides[1 - who].inbox + self.taken[1 - who]
 
 
@@ -231,6 +329,38 @@ def test_impossible_limits_are_refused(data: int, control: int) -> None:
     """At the start the peer has told us 2 and 4: it can neither raise nor lower them before we send."""
     with pytest.raises(ProtocolError, match="grants"):
         CreditLedger(window=2, peer_window=2).learn(data, control)
+
+
+def test_credits_are_given_back_only_when_asked_for() -> None:
+    ledger = CreditLedger(window=8, peer_window=8)
+    with pytest.raises(ProtocolError, match="0 were asked for"):
+        ledger.receive_return(0)
+    assert ledger.recall(5) == 5
+    assert ledger.recall(5) == 0, "one recall at a time"
+    with pytest.raises(ProtocolError, match="5 were asked for"):
+        ledger.receive_return(6)
+    ledger.receive_return(3)
+    assert (ledger.window, ledger.asked) == (5, 0)
+    assert ledger.recall(100) == 4, "neither more than it has, nor all of the window"
+    for _ in range(4):
+        ledger.receive_data()
+    with pytest.raises(ProtocolError, match="it has 0"):
+        ledger.receive_return(4)
+
+
+def test_what_was_not_told_is_taken_back_at_once() -> None:
+    ledger = CreditLedger(window=4, peer_window=4)
+    assert ledger.shrink(2) == 0, "the peer knows of all four"
+    ledger.grow(3)
+    assert ledger.shrink(2) == 2
+    assert ledger.stamp()[0] == 5
+    assert ledger.shrink(2) == 0
+
+
+def test_reserved_credits_stay() -> None:
+    ledger = CreditLedger(window=4, peer_window=10)
+    assert ledger.give_back(20, 3) == 6
+    assert ledger.data_credits == 3
 
 
 def test_misuse_is_told_apart() -> None:
