@@ -249,6 +249,9 @@ struct usroce_counters {
     uint64_t faults_reordered;
     uint64_t faults_corrupted;
     uint64_t faults_delayed;
+    uint64_t shm_sent, shm_received;
+    uint64_t shm_peers;
+    uint64_t shm_refused;
     ...;
 };
 

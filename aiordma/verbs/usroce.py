@@ -5,7 +5,8 @@ sends and receives into a file that Wireshark reads. Both are for tests, and for
 Functions that take a context raise :class:`~aiordma.errors.MisuseError` for any other device.
 
 Settings are of the process, for devices that are opened from then on; they come before the environment
-variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO`` and ``_MEMLOCK``.
+variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM`` and
+``_MEMLOCK``.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ class UsroceCounters:
     ``send_errors`` are frames that the kernel refused; ``malformed``, ``bad_icrc`` and ``unknown_qp`` were
     received and dropped; ``retransmitted`` were sent again, after a gap was reported or one of the
     ``timeouts``. ``rnr_naks_*`` say that a receiver was not ready. ``polls`` and ``thread_wakeups`` tell who
-    drove the device: the program that polls, or the device's own thread.
+    drove the device: the program that polls, or the device's own thread. ``shm_sent`` and ``shm_received``
+    are the part of ``sent`` and ``received`` that went through memory shared with a peer on this host,
+    ``shm_peers`` how many such peers it sends to now, and ``shm_refused`` counts those on this host that stay
+    with UDP because they belong to another user.
     """
 
     sent: int
@@ -117,6 +121,10 @@ class UsroceCounters:
     faults_reordered: int
     faults_corrupted: int
     faults_delayed: int
+    shm_sent: int
+    shm_received: int
+    shm_peers: int
+    shm_refused: int
 
 
 # --- a device -----------------------------------------------------------------------------------------

@@ -67,8 +67,10 @@ EXPORT struct ibv_ah *ibv_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *attr)
     ah->attr = *attr;
     pthread_mutex_lock(&ctx->lock);
     rc = address_resolve(ctx, attr, &ah->to, &ah->slot);
-    if (!rc)
+    if (!rc) {
         ((struct pd *)(void *)pd)->children++;
+        link_prepare(ah->slot->link, &ah->to);
+    }
     pthread_mutex_unlock(&ctx->lock);
     if (rc) {
         free(ah);

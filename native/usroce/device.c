@@ -272,6 +272,14 @@ static int find_interfaces(struct context *ctx)
 
 /* --- links --------------------------------------------------------------------------------------------------- */
 
+/* Peers on this host are reached through memory where that can be had; where not, UDP reaches them as well. */
+static void add_shared_memory(struct gid_slot *slot)
+{
+    int rc = link_shm_open(&slot->link, slot->link);
+
+    (void)rc;
+}
+
 static void close_links(struct context *ctx)
 {
     for (int i = 0; i < ctx->num_gids; i++)
@@ -317,6 +325,8 @@ static int open_links(struct context *ctx, const struct settings *settings, uint
             close_links(ctx);
             return rc;
         }
+        if (settings->shm)
+            add_shared_memory(slot);
         slot->gid = local.gid;
         port = slot->link->local.port;
         *buffer = granted < *buffer ? granted : *buffer;

@@ -324,6 +324,20 @@ uint32_t icrc_frame(const struct endpoint *from, const struct endpoint *to, cons
     return frame_crc(from, to, iov, niov, frame_size, 0);
 }
 
+struct frame icrc_seal(const struct endpoint *from, const struct frame *frame)
+{
+    const struct iovec *last = &frame->iov[frame->niov - 1];
+    struct frame sealed = *frame;
+    uint32_t icrc;
+
+    if (frame->sealed)
+        return sealed;
+    icrc = htole32(icrc_frame(from, frame->to, frame->iov, frame->niov, frame->size));
+    memcpy((uint8_t *)last->iov_base + last->iov_len - ICRC_BYTES, &icrc, sizeof(icrc));
+    sealed.sealed = true;
+    return sealed;
+}
+
 /* --- identification ---------------------------------------------------------------------------------------- */
 
 /* By how many bits the register moves from where the identification is added to it: its own two bytes, the rest of

@@ -26,6 +26,8 @@ uint32_t icrc_update_portable(uint32_t state, const void *data, size_t size);
  * LE). The first piece has all of the BTH, and there is room for an ICRC. */
 uint32_t icrc_frame(const struct endpoint *from, const struct endpoint *to, const struct iovec *iov, int niov,
                     uint32_t frame_size);
+/* Puts it where it belongs, unless the frame is sealed: `frame` as it is then. */
+struct frame icrc_seal(const struct endpoint *from, const struct frame *frame);
 /* What to XOR to the ICRC of a frame of `frame_size` bytes when its identification is `ip_id` and not 0. */
 uint32_t icrc_adjustment(uint32_t frame_size, uint16_t ip_id);
 /* Whether the ICRC of a received frame is right; false for less than a BTH and an ICRC. Identifications

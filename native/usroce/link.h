@@ -1,9 +1,9 @@
 /* What frames travel over. A frame is a RoCE v2 packet from the base transport header to the ICRC: what UDP
  * carries.
  *
- * A link is one local address. The UDP link is the ground; the fault and the capture link each wrap another one,
- * so that they cost nothing when they are not there. A link for peers on one host (shared memory) will be another
- * ground.
+ * A link is one local address. At the ground is UDP, or shared memory for the peers on this host together with UDP
+ * for all others. The fault and the capture link each wrap another one, so that they cost nothing when they are
+ * not there.
  *
  * Called with the device lock held. No call blocks. / */
 #ifndef LINK_H
@@ -23,7 +23,8 @@ struct endpoint {
     uint16_t port;
 };
 
-/* A frame to send, in pieces. Its ICRC is the one for IP identification 0; a link whose packets get another one
+/* A frame to send, in pieces. Who needs its ICRC and finds it not sealed, seals it (icrc_seal); so a frame that goes
+ * through memory never gets one. The ICRC is the one for IP identification 0; a link whose packets get another one
  * adjusts it (icrc_adjustment). The pieces stay as they are until the next flush. */
 struct frame {
     const struct endpoint *to;
@@ -31,15 +32,18 @@ struct frame {
     int niov;
     uint32_t size;
     uint8_t traffic_class;
+    bool sealed; /* the ICRC is in it */
 };
 
-/* A frame that arrived, valid until the next receive call on the link. */
+/* A frame that arrived, valid until the next receive call on the link. Its bytes may be in memory that the sender
+ * can still change: whoever decides by one takes a copy first, as wire_parse() does. */
 struct view {
     struct endpoint from;
     uint8_t *data;
     uint32_t size;
     uint16_t ip_id;        /* the IP identification it probably had (0 unless it came in a row of segments) */
     uint8_t traffic_class;
+    bool unsealed;         /* it came through memory, without an ICRC */
 };
 
 struct link;
@@ -57,6 +61,17 @@ struct link_ops {
     void (*close)(struct link *link);
     /* See link_unwrap(); NULL for a ground. */
     struct link *(*unwrap)(struct link *link);
+
+    /* Of a ground (link_ground), and NULL where it has no use for them: */
+
+    /* Packets will go there: look for a better way than UDP, if there is none yet. */
+    void (*prepare)(struct link *link, const struct endpoint *to);
+    /* Whether it would take a frame of that size to there now. With false, it notes that somebody waits for room. */
+    bool (*has_room)(struct link *link, const struct endpoint *to, uint32_t size);
+    /* Nobody calls receive from now on, until `fd` is readable. False: there is something already, or room for who
+     * waits. In either case wake() is called next, before anybody sleeps again. */
+    bool (*sleep)(struct link *link);
+    void (*wake)(struct link *link);
 };
 
 struct link {
@@ -84,6 +99,8 @@ struct link_udp_options {
  * asked for, its overhead included. */
 int link_udp_open(struct link **link, const struct endpoint *local, const struct link_udp_options *options,
                   struct usroce_counters *counters, uint32_t *receive_buffer);
+/* A ground of UDP (`udp`, which it owns from then on) and shared memory. 0 or an errno: then `udp` is as it was. */
+int link_shm_open(struct link **link, struct link *udp);
 /* Wraps `below` (which it owns from then on). 0 or an errno. */
 int link_fault_open(struct link **link, struct link *below, const struct usroce_fault *fault);
 int link_fault_set(struct link *link, const struct usroce_fault *fault);
@@ -98,6 +115,20 @@ int link_pcap_open(struct link **link, struct link *below, struct capture *captu
 static inline struct link *link_unwrap(struct link *link)
 {
     return link->ops->unwrap ? link->ops->unwrap(link) : link;
+}
+/* What is below all wrappers. */
+static inline struct link *link_ground(struct link *link)
+{
+    while (link->below)
+        link = link->below;
+    return link;
+}
+static inline void link_prepare(struct link *link, const struct endpoint *to)
+{
+    struct link *ground = link_ground(link);
+
+    if (ground->ops->prepare)
+        ground->ops->prepare(ground, to);
 }
 bool link_is_fault(const struct link *link);
 bool link_is_pcap(const struct link *link);

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "icrc.h"
 #include "usroce.h"
 
 enum {
@@ -25,6 +26,7 @@ struct copy {
     uint64_t due;         /* ns */
     uint64_t behind;      /* reordered: when so many frames have passed */
     uint8_t traffic_class;
+    bool sealed;
     uint32_t size;
     struct iovec iov;
     uint8_t data[];
@@ -97,6 +99,7 @@ static struct copy *copy_frame(const struct frame *frame)
     }
     copy->to = *frame->to;
     copy->traffic_class = frame->traffic_class;
+    copy->sealed = frame->sealed;
     copy->size = frame->size;
     copy->iov = (struct iovec){copy->data, frame->size};
     return copy;
@@ -110,6 +113,7 @@ static struct frame frame_of(struct copy *copy)
         .niov = 1,
         .size = copy->size,
         .traffic_class = copy->traffic_class,
+        .sealed = copy->sealed,
     };
 }
 
@@ -187,10 +191,12 @@ static void pass(struct fault_link *fault, const struct frame *frame, struct cop
     release_overtaken(fault);
 }
 
+/* Sealed before, or the damage would be sealed in. */
 static struct copy *corrupt(struct fault_link *fault, const struct frame *frame)
 {
     uint64_t bit = next_random(fault) % (8 * (uint64_t)frame->size);
-    struct copy *copy = copy_frame(frame);
+    struct frame sealed = icrc_seal(&fault->link.local, frame);
+    struct copy *copy = copy_frame(&sealed);
 
     if (!copy)
         return NULL;

@@ -351,11 +351,23 @@ static uint16_t identification(const struct view *view, const struct endpoint *t
     return 0;
 }
 
+/* A frame that came without an ICRC is shown with the right one, in the second piece. */
+static void seal_copy(const struct view *view, const struct endpoint *to, struct iovec *iov)
+{
+    uint32_t icrc = icrc_frame(&view->from, to, iov, 1, view->size);
+
+    iov[0].iov_len -= ICRC_BYTES;
+    iov[1].iov_len = ICRC_BYTES;
+    for (int i = 0; i < ICRC_BYTES; i++)
+        ((uint8_t *)iov[1].iov_base)[i] = (uint8_t)(icrc >> 8 * i);
+}
+
 /* --- the link ---------------------------------------------------------------------------------------------- */
 
 /* Before it goes below, where its ICRC may be changed. */
-static void pcap_send(struct link *link, const struct frame *frame)
+static void pcap_send(struct link *link, const struct frame *unsealed)
 {
+    struct frame sealed = icrc_seal(&link->local, unsealed), *frame = &sealed;
     struct headers headers = {
         .from = &link->local,
         .to = frame->to,
@@ -383,9 +395,12 @@ static int pcap_receive(struct link *link, struct view *views, int max)
             .traffic_class = views[i].traffic_class,
             .ip_id = identification(&views[i], &link->local),
         };
-        struct iovec iov = {.iov_base = views[i].data, .iov_len = views[i].size};
+        uint8_t icrc[ICRC_BYTES];
+        struct iovec iov[2] = {{views[i].data, views[i].size}, {icrc, 0}};
 
-        record(pcap_of(link)->capture, &headers, &iov, 1, views[i].size);
+        if (views[i].unsealed && views[i].size >= BTH_BYTES + ICRC_BYTES)
+            seal_copy(&views[i], &link->local, iov);
+        record(pcap_of(link)->capture, &headers, iov, 2, views[i].size);
     }
     return count;
 }

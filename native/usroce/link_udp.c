@@ -1,4 +1,4 @@
-/* The ground of every stack of links: a UDP socket.
+/* The ground of a stack of links, or what the shared-memory link has for all others: a UDP socket.
  *
  * Sending. A system call costs more than the packet in it. So consecutive frames of one size to one destination
  * form a group, which is one message that the kernel cuts into segments (UDP_SEGMENT), and all messages of a
@@ -231,6 +231,7 @@ static void udp_send(struct link *link, const struct frame *frame)
     struct group *group;
     uint32_t niov = (uint32_t)frame->niov;
 
+    icrc_seal(&link->local, frame);
     if (udp->num_frames == MAX_FRAMES || udp->num_pieces + niov > MAX_PIECES)
         udp_flush(link);
     group = udp->num_groups ? &udp->groups[udp->num_groups - 1] : NULL;
@@ -448,6 +449,7 @@ static void take_segment(struct udp_link *udp, struct view *view)
     view->size = left < udp->segment ? left : udp->segment;
     view->ip_id = udp->index++;
     view->traffic_class = 0; /* not asked of the kernel */
+    view->unsealed = false;
     udp->offset += view->size;
     if (view->size == left) {
         udp->next++;

@@ -150,6 +150,7 @@ static int set_address(struct context *ctx, struct qp *qp, const struct ibv_ah_a
     qp->remote = to;
     /* A peer that publishes its UDP port is one of us, whose IP identifications are known (icrc.h). */
     qp->any_ip_id = attr->dlid == 0;
+    link_prepare(slot->link, &to);
     return 0;
 }
 

@@ -388,6 +388,16 @@ static bool asks_for_ack(struct requester *req, bool last)
     return true;
 }
 
+/* There is no room on the link, and somebody waits for it. What has nothing in flight goes on, and may be lost: its
+ * timer is what finds out that the peer is gone. */
+static bool starves(struct context *ctx, struct qp *qp)
+{
+    if (!in_flight(&qp->req) || tx_has_room(qp->slot, &qp->remote, qp->mtu))
+        return false;
+    progress_starved(ctx, qp);
+    return true;
+}
+
 /* One packet of a SEND or WRITE. */
 static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
 {
@@ -410,7 +420,7 @@ static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_w
     };
 
     if (reliable) {
-        if (in_flight(req) >= req->window)
+        if (in_flight(req) >= req->window || starves(ctx, qp))
             return STEP_BLOCKED;
         packet.ack_request = asks_for_ack(req, last);
     }

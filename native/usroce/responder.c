@@ -201,6 +201,9 @@ bool resp_transmit(struct context *ctx, struct qp *qp, int budget)
             return true;
         if (job->atomic) {
             send_atomic_answer(ctx, qp, job);
+        } else if (!tx_has_room(qp->slot, &qp->remote, qp->mtu)) {
+            progress_starved(ctx, qp);
+            return false;
         } else {
             bool sent = send_read_response(ctx, qp, job);
 

@@ -175,6 +175,11 @@ static const char *parse_gso(struct settings *settings, const char *text)
     return parse_switch(&settings->gso, text);
 }
 
+static const char *parse_shm(struct settings *settings, const char *text)
+{
+    return parse_switch(&settings->shm, text);
+}
+
 static const char *parse_memlock(struct settings *settings, const char *text)
 {
     return parse_switch(&settings->count_locked, text);
@@ -192,6 +197,7 @@ static struct setting {
     {"fault", "AIORDMA_USROCE_FAULT", parse_fault, NULL},
     {"socket_buffer", "AIORDMA_USROCE_SOCKET_BUFFER", parse_socket_buffer, NULL},
     {"gso", "AIORDMA_USROCE_GSO", parse_gso, NULL},
+    {"shm", "AIORDMA_USROCE_SHM", parse_shm, NULL},
     {"memlock", "AIORDMA_USROCE_MEMLOCK", parse_memlock, NULL},
 };
 
@@ -213,6 +219,7 @@ static void set_defaults(struct settings *settings)
     settings->default_addresses = true;
     settings->socket_buffer = SOCKET_BUFFER;
     settings->gso = true;
+    settings->shm = true;
 }
 
 /* An empty variable is one that is not set. */

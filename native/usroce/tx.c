@@ -1,16 +1,13 @@
-/* Packets on their way out: a buffer for the headers and small payload of each, the seal, and the batch that a
- * flush hands to the kernel.
+/* Packets on their way out: a buffer for the headers and small payload of each, room for the seal, and the batch that
+ * a flush hands to the kernel.
  *
  * Payload that is not small is not copied: the link sends it from registered memory. So everything queued is
  * flushed before the device lock is given back, while the memory still is what it was when it was looked up. */
 #include "usroce.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "icrc.h"
 
 enum {
     TX_PACKETS = 256, /* queued before a flush */
@@ -81,10 +78,9 @@ void tx_end(struct tx_packet *packet)
     uint32_t pad = -packet->payload & 3;
     uint8_t *trailer = packet->head + inside;
     struct frame frame;
-    uint32_t icrc;
 
     wire_set_pad(packet->head, pad);
-    memset(trailer, 0, pad);
+    memset(trailer, 0, pad + WIRE_ICRC);
     tx->iov[0].iov_base = packet->head;
     tx->iov[0].iov_len = inside;
     if (tx->niov == 1) {
@@ -99,11 +95,17 @@ void tx_end(struct tx_packet *packet)
     frame.niov = tx->niov;
     frame.size = packet->head_size + packet->payload + pad + WIRE_ICRC;
     frame.traffic_class = packet->traffic_class;
-    icrc = htole32(icrc_frame(&packet->slot->link->local, packet->to, tx->iov, tx->niov, frame.size));
-    memcpy(trailer + pad, &icrc, sizeof(icrc));
+    frame.sealed = false; /* by the link, if it needs to be */
     packet->slot->link->ops->send(packet->slot->link, &frame);
     tx->dirty[packet->slot - packet->ctx->gids] = true;
     tx->queued++;
+}
+
+bool tx_has_room(const struct gid_slot *slot, const struct endpoint *to, uint32_t payload)
+{
+    struct link *ground = link_ground(slot->link);
+
+    return !ground->ops->has_room || ground->ops->has_room(ground, to, WIRE_MAX_HEADERS + payload + TX_TRAILER);
 }
 
 void tx_flush(struct context *ctx)

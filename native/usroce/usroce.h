@@ -17,7 +17,8 @@
  *   tx.c         packets on their way out: buffers, sealing, batches
  *   wire.[ch]    headers of RoCE v2, the opcode table, bounds-checked parse
  *   icrc.[ch]    the invariant CRC
- *   link.h, link_udp.c, link_fault.c, link_pcap.c   what frames travel over
+ *   link.h, link_udp.c, link_shm.c, link_fault.c, link_pcap.c   what frames travel over
+ *   ring.[ch]    frames in memory that two processes share
  *   idmap.[ch]   numbers to objects
  *   names.c      ibv_wc_status_str() and the like
  *   absent.c     the functions of libibverbs that this device has no use for
@@ -97,6 +98,17 @@ static inline void list_del(struct list *entry)
     entry->prev->next = entry->next;
     entry->next->prev = entry->prev;
     list_init(entry);
+}
+
+/* Moves all of `from` to `to`, which is anew. */
+static inline void list_take(struct list *to, struct list *from)
+{
+    list_init(to);
+    if (list_empty(from))
+        return;
+    *to = *from;
+    to->next->prev = to->prev->next = to;
+    list_init(from);
 }
 
 static inline struct list *list_pop(struct list *head)
@@ -339,7 +351,7 @@ struct qp {
     bool last_wqe_event;
     bool sqd_notify;
     uint32_t async_events;
-    struct list in_tx;       /* has something to transmit: context.tx_ready */
+    struct list in_tx;       /* has something to transmit: context.tx_ready, or context.starved */
     struct list in_acks;     /* owes an acknowledgement: context.acks */
     struct list in_all;
     uint64_t deadline;       /* its timer; NEVER: not set */
@@ -356,7 +368,7 @@ struct qp {
 /* One GID of the port: an address with its link. */
 struct gid_slot {
     union ibv_gid gid;
-    struct link *link;      /* top of the stack: capture, fault, UDP */
+    struct link *link;      /* top of the stack: fault, capture, then shared memory and UDP */
     uint32_t ifindex;
     enum ibv_mtu mtu;       /* largest path MTU that the interface takes */
     unsigned int users;     /* queue pairs that use it; without any it is not read */
@@ -385,6 +397,7 @@ struct context {
     bool count_locked;          /* settings.count_locked */
     struct list async_ready;    /* events.c */
     struct list tx_ready, acks;
+    struct list starved;        /* wait for room on the link: in_tx of queue pairs */
     struct tx *tx;
     struct timers timers;
     struct view *views;         /* what a receive call found */
@@ -434,6 +447,7 @@ struct settings {
     bool has_fault;
     uint32_t socket_buffer; /* bytes asked of the kernel; AIORDMA_USROCE_SOCKET_BUFFER */
     bool gso;             /* AIORDMA_USROCE_GSO */
+    bool shm;             /* AIORDMA_USROCE_SHM */
     bool count_locked;    /* enforce RLIMIT_MEMLOCK as a pinning device would; AIORDMA_USROCE_MEMLOCK */
 };
 /* Environment, overridden by usroce_set_option(). 0 or EINVAL with a line on stderr that says what and where. */
@@ -578,6 +592,8 @@ void progress_hand_over(struct context *ctx);
 /* Something was posted: transmit it now. */
 void progress_posted(struct context *ctx, struct qp *qp);
 void progress_tx_ready(struct context *ctx, struct qp *qp);
+/* Its link has no room: it gets its turn when there is some. */
+void progress_starved(struct context *ctx, struct qp *qp);
 void progress_owe_ack(struct context *ctx, struct qp *qp);
 /* A GID got its first user or lost its last: the device thread reads other links from now on. */
 void progress_links_changed(struct context *ctx);
@@ -605,8 +621,10 @@ struct tx_packet {
 void tx_begin(struct context *ctx, struct tx_packet *packet, struct gid_slot *slot, const struct endpoint *to);
 /* Adds payload; the memory must stay as it is until tx_end(), small pieces are copied. */
 void tx_payload(struct tx_packet *packet, const void *data, uint32_t size);
-/* Pads, sets the pad count, seals with the ICRC and queues the packet. */
+/* Pads, sets the pad count and queues the packet. */
 void tx_end(struct tx_packet *packet);
+/* Whether the link would take a packet with so much payload now; else progress_starved() is for who wants to wait. */
+bool tx_has_room(const struct gid_slot *slot, const struct endpoint *to, uint32_t payload);
 /* Sends all that is queued, on every link. */
 void tx_flush(struct context *ctx);
 

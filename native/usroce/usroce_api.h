@@ -36,10 +36,13 @@ struct usroce_counters {
     uint64_t rnr_naks_sent, rnr_naks_received;
     uint64_t polls, thread_wakeups;
     uint64_t faults_dropped, faults_duplicated, faults_reordered, faults_corrupted, faults_delayed;
+    uint64_t shm_sent, shm_received; /* of `sent` and `received`: through memory shared with the peer */
+    uint64_t shm_peers;          /* devices that packets go to through memory, at present */
+    uint64_t shm_refused;        /* not set up with a device on this host: of another user, or broken */
 };
 
 /* Sets `name` (as in the environment, without AIORDMA_USROCE_, lower case: "address", "pcap", "fault",
- * "socket_buffer", "gso", "memlock") for devices listed or opened from now on; NULL removes it. 0, ENOENT for an
+ * "socket_buffer", "gso", "shm", "memlock") for devices listed or opened from now on; NULL removes it. 0, ENOENT for an
  * unknown name, EINVAL for a bad value. */
 int usroce_set_option(const char *name, const char *value);
 /* 0; EINVAL: a probability outside 0..1; ENOTSUP: not a device of ours. NULL ends all faults. */

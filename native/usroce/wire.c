@@ -159,13 +159,15 @@ static void parse_headers(const uint8_t *at, struct packet *packet)
 }
 
 /* BTH: opcode; SE, M, PadCnt, TVer; P_Key; resv8a, DestQP; A, resv7, PSN (IBA 9.2). */
-bool wire_parse(const uint8_t *data, uint32_t size, struct packet *packet)
+bool wire_parse(const uint8_t *frame, uint32_t size, struct packet *packet)
 {
+    uint8_t data[WIRE_MAX_HEADERS]; /* of our own: the sender may still change the frame */
     uint32_t headers, pad;
 
     memset(packet, 0, sizeof(*packet));
     if (size < WIRE_BTH + WIRE_ICRC)
         return false;
+    memcpy(data, frame, size < sizeof(data) ? size : sizeof(data));
     packet->opcode = data[0];
     packet->traits = wire_traits(data[0]);
     if (!packet->traits || (data[1] & 0x0f) != 0)
@@ -181,7 +183,7 @@ bool wire_parse(const uint8_t *data, uint32_t size, struct packet *packet)
     packet->dest_qp = get32(data + 4) & WIRE_PSN_MASK;
     packet->ack_request = data[8] & 0x80;
     packet->psn = get32(data + 8) & WIRE_PSN_MASK;
-    packet->payload = data + headers;
+    packet->payload = frame + headers;
     parse_headers(data + WIRE_BTH, packet);
     return true;
 }

@@ -102,8 +102,9 @@ struct packet {
 
 /* Traits of an opcode with its service; 0: unknown or not spoken here. */
 uint32_t wire_traits(uint8_t opcode);
-/* Parses a frame of `size` bytes (BTH to ICRC; the ICRC is not checked here). False: malformed. */
-bool wire_parse(const uint8_t *data, uint32_t size, struct packet *packet);
+/* Parses a frame of `size` bytes (BTH to ICRC; the ICRC is not checked here). False: malformed. The frame may change
+ * meanwhile, and later: what is in `packet` is consistent all the same. */
+bool wire_parse(const uint8_t *frame, uint32_t size, struct packet *packet);
 /* Writes BTH and the headers that the opcode's traits ask for from `packet` (payload, length and traits are not
  * looked at) into `head`, which has room for WIRE_MAX_HEADERS. Returns their size. */
 uint32_t wire_build(uint8_t *head, const struct packet *packet);

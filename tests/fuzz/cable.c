@@ -51,6 +51,7 @@ static void cable_send(struct link *link, const struct frame *frame)
 
     must(frame->size <= LINK_MAX_FRAME);
     copy->size = 0;
+    icrc_seal(&link->local, frame);
     for (int i = 0; i < frame->niov; i++) {
         must(copy->size + frame->iov[i].iov_len <= frame->size);
         memcpy(copy->data + copy->size, frame->iov[i].iov_base, frame->iov[i].iov_len);

@@ -191,7 +191,8 @@ class Target:
 
 @pytest.fixture
 def target(address: str) -> Iterator[Target]:
-    with usroce.options(address=address):
+    # What is hostile here comes over UDP, one packet a poll; tests/native/test_link_shm.c is about the memory.
+    with usroce.options(address=address, shm="0"):
         context = usroce.usroce_device().open()
     with context:
         yield Target(context, address)

@@ -79,7 +79,10 @@ def test_completion_queues(address: str) -> None:
 def test_queue_pairs(address: str) -> None:
     """Each with a message under way when it is destroyed."""
     with open_device(address) as context:
-        end = End(context, 4096)
+        end = End(context, 1 << 16)
+        end.connect(end.card())
+        for _ in range(20):
+            end.write(bytes(1 << 16))  # the memory that it shares with itself is touched once, up to there
         end.qp.close()
 
         def once() -> None:
