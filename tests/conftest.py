@@ -6,7 +6,8 @@ skipped with that reason, unless AIORDMA_REQUIRE asks for one ("usroce", or "rxe
 is a failure.
 
 With AIORDMA_LOOPS=either, an asynchronous test runs on one of the two loops, by its name: where a test takes long
-(an emulated machine, sanitizers), and both loops have had it elsewhere.
+(an emulated machine, sanitizers), and both loops have had it elsewhere. With AIORDMA_SAMPLE=4, of the tests of
+what uses a device through connections only (ABOVE) every fourth runs, by its name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 #: Our own fixtures for users; the checkout is not installed, so pytest does not find them by itself.
 pytest_plugins = ["aiordma.pytest_plugin", "pytester"]
+
+
+LOOPS = ("asyncio", "uvloop")
+#: Files of tests of the layers above connections.
+ABOVE = ("test_rpc", "test_streams", "test_example", "test_cli", "test_docs", "test_testing_plugin")
 
 
 def debug_loop() -> asyncio.AbstractEventLoop:
@@ -79,6 +85,8 @@ def required_devices() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("AIORDMA_LOOPS") == "either":
         keep(config, items, [item for item in items if has_its_loop(item)])
+    sample = int(os.environ.get("AIORDMA_SAMPLE", "1"))
+    keep(config, items, [item for item in items if not is_above(item) or number_of(item) % sample == 0])
     if not any(item.get_closest_marker("device") for item in items):
         return
     reason = missing_device()
@@ -117,11 +125,20 @@ def keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item
 
 def has_its_loop(item: pytest.Item) -> bool:
     """True for one of the two runs of an asynchronous test."""
-    loops = [loop for loop in ("asyncio", "uvloop") if f"[{loop}" in item.nodeid]
-    if not loops:
-        return True
-    name = item.nodeid.replace(f"[{loops[0]}", "[", 1)
-    return loops[0] == ("asyncio", "uvloop")[zlib.crc32(name.encode()) % 2]
+    loops = [loop for loop in LOOPS if f"[{loop}" in item.nodeid]
+    return not loops or loops[0] == LOOPS[number_of(item) % 2]
+
+
+def is_above(item: pytest.Item) -> bool:
+    return item.path.name.startswith(ABOVE)
+
+
+def number_of(item: pytest.Item) -> int:
+    """Of a test, whichever loop it runs on."""
+    name = item.nodeid.split("::", 1)[1]
+    for loop in LOOPS:
+        name = name.replace(f"[{loop}", "[", 1)
+    return zlib.crc32(name.encode()) >> 8
 
 
 @pytest.fixture(autouse=True)
