@@ -102,11 +102,6 @@ class LargeSend(SpinningFuture):
         self._sends.abandoned(self)
         return True
 
-    def fail(self, error: BaseException) -> None:
-        """Ends the wait with ``error``; the memory is not touched."""
-        if not self.done():
-            self.set_exception(error)
-
 
 class LargeSends:
     """The large messages of one connection that are on their way out."""
@@ -492,8 +487,7 @@ class LargeReceives:
         receive.missing -= 1
         receive.taking.reads -= 1
         if error is not None:
-            if not receive.future.done():
-                receive.future.set_exception(error)
+            receive.future.fail(error)
             return
         if receive.abandoned:
             self._answer_withdrawn(receive.taking)
@@ -521,5 +515,4 @@ class LargeReceives:
         """Ends every receive."""
         self._closed = True
         for receive in self._active:
-            if not receive.future.done():
-                receive.future.set_exception(make_error("recv"))
+            receive.future.fail(make_error("recv"))

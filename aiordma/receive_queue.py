@@ -121,9 +121,7 @@ class Inbox(Generic[T]):
     def fail(self, make_error: Callable[[], BaseException]) -> None:
         """Everyone in line gets an error of their own; those already woken still get their item."""
         while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_exception(make_error())
+            self._waiters.popleft().fail(make_error())
 
 
 class LargeArrivals(Protocol):

@@ -73,6 +73,11 @@ class SpinningFuture(asyncio.Future[Any]):
 
     __iter__ = __await__
 
+    def fail(self, error: BaseException) -> None:
+        """Ends the wait with ``error``, if it has not ended; memory of the operation is not touched."""
+        if not self.done():
+            self.set_exception(error)
+
 
 class Operation(SpinningFuture):
     """One operation of a connection, awaitable once or often.
@@ -122,11 +127,6 @@ class Operation(SpinningFuture):
 
     def staged(self) -> None:
         """An offer goes to the device now."""
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the wait with ``error``; the memory is not touched."""
-        if not self.done():
-            self.set_exception(error)
 
 
 class Step(Operation):

@@ -45,6 +45,7 @@ from .pacing import Sent, send_frame, slices
 from .server import MAX_MESSAGE_SIZE
 
 T = TypeVar("T")
+C = TypeVar("C", bound=StreamCall[Any])
 Requests = AsyncIterable[Any] | Iterable[Any] | None
 _Owner = UnaryCall[Any] | StreamCall[Any]
 
@@ -199,14 +200,8 @@ class RpcClient:
         metadata: Metadata | None = None,
     ) -> ServerStreamCall[Any]:
         """One request, a stream of replies. Errors as :meth:`unary`."""
-        payload = self._encode(request)
-
-        def begin(details: CallDetails) -> StreamCall[Any]:
-            return self._begin_stream(ServerStreamCall, details, reply_type, payload)
-
-        call = self._intercept_stream(begin, method, CallKind.SERVER_STREAM, timeout, metadata)
-        assert isinstance(call, ServerStreamCall)
-        return call
+        details = CallDetails(method, CallKind.SERVER_STREAM, timeout, metadata or {})
+        return self._stream(ServerStreamCall, details, reply_type, payload=self._encode(request))
 
     @overload
     def client_stream(
@@ -241,13 +236,8 @@ class RpcClient:
         """A stream of requests, one reply. ``requests`` is an iterable, plain or asynchronous, that a task of the
         client sends; None: the caller writes them. Errors as :meth:`unary`."""
         _check_requests(requests)
-
-        def begin(details: CallDetails) -> StreamCall[Any]:
-            return self._begin_stream(ClientStreamCall, details, reply_type, b"", requests)
-
-        call = self._intercept_stream(begin, method, CallKind.CLIENT_STREAM, timeout, metadata)
-        assert isinstance(call, ClientStreamCall)
-        return call
+        details = CallDetails(method, CallKind.CLIENT_STREAM, timeout, metadata or {})
+        return self._stream(ClientStreamCall, details, reply_type, requests=requests)
 
     @overload
     def bidi(
@@ -281,13 +271,8 @@ class RpcClient:
     ) -> BidiCall[Any]:
         """A stream of requests, as in :meth:`client_stream`, and a stream of replies. Errors as :meth:`unary`."""
         _check_requests(requests)
-
-        def begin(details: CallDetails) -> StreamCall[Any]:
-            return self._begin_stream(BidiCall, details, reply_type, b"", requests)
-
-        call = self._intercept_stream(begin, method, CallKind.BIDI, timeout, metadata)
-        assert isinstance(call, BidiCall)
-        return call
+        details = CallDetails(method, CallKind.BIDI, timeout, metadata or {})
+        return self._stream(BidiCall, details, reply_type, requests=requests)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """The serving status of a service of the peer, "" for the server. Raises :class:`RpcError`, NOT_FOUND for
@@ -316,37 +301,36 @@ class RpcClient:
         if entry is not None and timeout is not None:
             call._timer = self._loop.call_later(timeout, call._expired)
 
-    def _intercept_stream(
+    def _stream(
         self,
-        begin: ProceedStream,
-        method: str,
-        kind: CallKind,
-        timeout: float | None,
-        metadata: Metadata | None,
-    ) -> StreamCall[Any]:
+        cls: type[C],
+        details: CallDetails,
+        reply_type: Any,
+        *,
+        payload: Payload = b"",
+        requests: Requests = None,
+    ) -> C:
+        """A streaming call of class ``cls``, begun inside the interceptors."""
+
+        def begin(details: CallDetails) -> StreamCall[Any]:
+            call = cls(self, details.method, details.kind, codec_for(reply_type))
+            entry = self._send_call(call, details.kind, payload, details.timeout, details.metadata)
+            if entry is not None:
+                call._begin(entry)
+                if details.timeout is not None:
+                    call._timer = self._loop.call_later(details.timeout, call._expired)
+                if requests is not None:
+                    call._feed(requests)
+            return call
+
         def wrap(interceptor: ClientInterceptor, inner: ProceedStream) -> ProceedStream:
             return lambda details: interceptor.stream(inner, details)
 
+        proceed: ProceedStream = begin
         for interceptor in reversed(self._interceptors):
-            begin = wrap(interceptor, begin)
-        return begin(CallDetails(method, kind, timeout, metadata or {}))
-
-    def _begin_stream(
-        self,
-        cls: Callable[..., StreamCall[Any]],
-        details: CallDetails,
-        reply_type: Any,
-        payload: Payload,
-        requests: Requests = None,
-    ) -> StreamCall[Any]:
-        call = cls(self, details.method, details.kind, codec_for(reply_type))
-        entry = self._send_call(call, details.kind, payload, details.timeout, details.metadata)
-        if entry is not None:
-            call._begin(entry)
-            if details.timeout is not None:
-                call._timer = self._loop.call_later(details.timeout, call._expired)
-            if requests is not None:
-                call._feed(requests)
+            proceed = wrap(interceptor, proceed)
+        call = proceed(details)
+        assert isinstance(call, cls)
         return call
 
     def _send_call(
