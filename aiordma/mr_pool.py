@@ -49,12 +49,17 @@ class PoolStatistics:
     cache_misses: int
 
 
+def round_up(nbytes: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-nbytes // step) * step
+
+
 def size_class(nbytes: int) -> int:
     """The class that serves ``nbytes``: the next of 1, 1.25, 1.5, 1.75 times a power of two, at least 64."""
     if nbytes <= ALIGNMENT:
         return ALIGNMENT
     step = max(ALIGNMENT, 1 << ((nbytes - 1).bit_length() - 3))
-    return -(-nbytes // step) * step
+    return round_up(nbytes, step)
 
 
 class Slab:
@@ -496,7 +501,7 @@ class MemoryPool:
 
 
 def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
+    return round_up(nbytes, PAGE)
 
 
 class ReceiveRing:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from .cq_reactor import CqReactor
 from .errors import DeviceError, MemoryLimitError
-from .mr_pool import ALIGNMENT, Lease, MemoryPool
+from .mr_pool import ALIGNMENT, Lease, MemoryPool, round_up
 from .protocol.shared_credit import Action, Enlarge, Recall, Share, SharedCredits
 from .verbs import ProtectionDomain, SharedReceiveQueue
 
@@ -107,7 +107,7 @@ class SharedReceives:
         self._memory = memory
         self.size = size
         self.capacity = capacity
-        self._stride = -(-size // ALIGNMENT) * ALIGNMENT
+        self._stride = round_up(size, ALIGNMENT)
         self._chunk = max(1, _CHUNK // self._stride)  # buffers that are added at a time
         self.srq = SharedReceiveQueue(pd, capacity)
         try:

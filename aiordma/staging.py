@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ._native import ffi
 from .errors import DeviceError, MemoryLimitError
-from .mr_pool import ALIGNMENT, Lease, MemoryPool
+from .mr_pool import ALIGNMENT, Lease, MemoryPool, round_up
 
 #: Bytes leased at a time.
 _CHUNK = 64 << 10
@@ -62,14 +62,13 @@ class _Chunk:
 
     __slots__ = ("buffers", "lease", "used", "view")
 
-    def __init__(self, lease: Lease, count: int, size: int) -> None:
+    def __init__(self, lease: Lease, size: int, stride: int) -> None:
         self.lease = lease
         self.used = 0
         self.view = memoryview(lease)
-        stride = _stride(size)
         self.buffers = [
             StagingBuffer(self, lease.address + at, lease.lkey, self.view[at : at + size])
-            for at in range(0, count * stride, stride)
+            for at in range(0, lease.nbytes, stride)
         ]
 
     def close(self) -> None:
@@ -80,18 +79,16 @@ class _Chunk:
         self.lease.release_nowait()
 
 
-def _stride(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 class StagingPool:
     """Buffers of ``size`` bytes for every send queue that asks for this size. Belongs to one event loop."""
 
     def __init__(self, memory: MemoryPool, size: int) -> None:
         self.size = size
         self._memory = memory
-        self._count = max(1, _CHUNK // _stride(size))  # buffers in a chunk
-        self._keep = max(self._count, _KEEP // _stride(size))
+        self._stride = round_up(size, ALIGNMENT)
+        self._count = max(1, _CHUNK // self._stride)  # buffers in a chunk
+        self._chunk = self._count * self._stride  # its bytes
+        self._keep = max(self._count, _KEEP // self._stride)
         self._chunks: list[_Chunk] = []
         self._free: list[StagingBuffer] = []
         self._line: dict[StagingUser, None] = {}  # in order of arrival
@@ -113,7 +110,7 @@ class StagingPool:
     async def join(self) -> None:
         """One user more; waits until there is a chunk. Raises :class:`MemoryLimitError`."""
         if not self._chunks:
-            self._add(await self._memory.acquire(self._count * _stride(self.size)))
+            self._add(await self._memory.acquire(self._chunk))
         self._users += 1
 
     def leave(self) -> None:
@@ -163,16 +160,16 @@ class StagingPool:
         self._line.pop(user, None)
 
     def _grow(self) -> bool:
-        if (len(self._chunks) + 1) * self._count * _stride(self.size) > self._memory.limit // _SHARE:
+        if (len(self._chunks) + 1) * self._chunk > self._memory.limit // _SHARE:
             return False
         try:
-            self._add(self._memory.acquire_nowait(self._count * _stride(self.size)))
+            self._add(self._memory.acquire_nowait(self._chunk))
         except (MemoryLimitError, DeviceError):
             return False
         return True
 
     def _add(self, lease: Lease) -> None:
-        chunk = _Chunk(lease, self._count, self.size)
+        chunk = _Chunk(lease, self.size, self._stride)
         self._chunks.append(chunk)
         self._free.extend(chunk.buffers)
 
@@ -191,7 +188,7 @@ class Scratch:
     __slots__ = ("_map", "_view", "places")
 
     def __init__(self, size: int) -> None:
-        stride = max(ALIGNMENT, _stride(size))
+        stride = max(ALIGNMENT, round_up(size, ALIGNMENT))
         self._map = mmap.mmap(-1, SCRATCH_PLACES * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view: Any = ffi.from_buffer(self._map, require_writable=True)
         base = int(ffi.cast("uintptr_t", self._view))
