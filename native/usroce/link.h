@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/uio.h>
 
 #include "usroce_api.h"
@@ -22,6 +23,11 @@ struct endpoint {
     union ibv_gid gid;
     uint16_t port;
 };
+
+static inline bool same_endpoint(const struct endpoint *a, const struct endpoint *b)
+{
+    return a->port == b->port && memcmp(a->gid.raw, b->gid.raw, sizeof(a->gid.raw)) == 0;
+}
 
 /* A frame to send, in pieces. Who needs its ICRC and finds it not sealed, seals it (icrc_seal); so a frame that goes
  * through memory never gets one. The ICRC is the one for IP identification 0; a link whose packets get another one

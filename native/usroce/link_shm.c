@@ -148,7 +148,7 @@ static struct channel *find_channel(struct shm_link *shm, const struct endpoint 
 {
     struct channel *channel = *bucket_of(shm, to);
 
-    while (channel && (channel->peer.port != to->port || memcmp(&channel->peer.gid, &to->gid, sizeof(to->gid))))
+    while (channel && !same_endpoint(&channel->peer, to))
         channel = channel->next;
     return channel;
 }

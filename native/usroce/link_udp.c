@@ -151,11 +151,6 @@ static void from_address(const struct udp_link *udp, const union address *addres
     }
 }
 
-static bool same_endpoint(const struct endpoint *a, const struct endpoint *b)
-{
-    return a->port == b->port && memcmp(a->gid.raw, b->gid.raw, sizeof(a->gid.raw)) == 0;
-}
-
 /* The interface that has a link-local address. 0 or an errno. */
 static int find_scope(const union ibv_gid *gid, uint32_t *scope)
 {
