@@ -11,8 +11,9 @@
  * they cannot overrun our own socket.
  *
  * Time. `ack_timeout` and retry_cnt say when the peer is given up: (retry_cnt + 1) * ack_timeout after the last
- * progress, and retry_cnt retransmissions: our own process may have stood still for that long. Packets are sent again much sooner, after a few measured round trips, and then less and less often: a
- * lost packet should not cost a timeout that was configured for the death of a host.
+ * progress, and after retry_cnt retransmissions: our own process may have stood still for that long. Packets are
+ * sent again much sooner, after a few measured round trips, and then less and less often: a lost packet should not
+ * cost a timeout that was configured for the death of a host.
  *
  * The window shrinks when packets are lost (to a few after a timeout, by half after a NAK) and grows with
  * acknowledgements, first fast and then by one a round trip. */
