@@ -3,9 +3,10 @@
 One reactor serves all connections of one event loop on one device. It owns the completion channel and the
 completion queues behind it, reads the device's asynchronous events, and keeps the pending table.
 
-The pending table. Every posted work request has a slot; its work-request id is slot number plus generation,
-so a completion that comes too late for its slot is seen and dropped. The entry in the slot owns the memory
-of the request until the completion (or flush) arrives: cancelling the await changes nothing about that.
+The pending table (native/datapath/table.c). Every posted work request has a slot; its work-request id is slot
+number plus generation, so a completion that comes too late for its slot is seen and dropped. The entry in the slot
+owns the memory of the request until the completion (or flush) arrives: cancelling the await changes nothing about
+that. The table also polls, and hands the completions out.
 
 No lost wakeup. A completion channel reports only completions that arrive after the queue was armed, and an event
 is reported once. So sleeping is always: read the events, drain the queue, arm it, drain it again, and only
@@ -36,12 +37,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ._native._datapath import Table
 from .config import Mode
-from .errors import DeviceError, DeviceGoneError, MisuseError
+from .errors import DeviceError, DeviceGoneError, MisuseError, call_failed
 from .verbs import AsyncEvent, CompletionChannel, CompletionQueue, Context, EventType
 
-_now_ns = time.perf_counter_ns
+now_ns = time.perf_counter_ns
 
+#: Completions of one poll (native/datapath/table.c): as many mean that there may be more.
+POLL_BATCH = 64
 #: Completions handled in one turn before other callbacks of the loop get theirs.
 _TURN_LIMIT = 256
 #: Inline spinning and polling without a turn of the loop in between, altogether, in nanoseconds.
@@ -51,9 +55,6 @@ _TURN_AWAITS = 16
 #: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the
 #: largest so far: few queues to poll, however many connections.
 _CQ_ENTRIES = 4096
-
-_SLOT_BITS = 32
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
 
 
 class Pending(Protocol):
@@ -154,9 +155,7 @@ class CqReactor:
         self._armed: set[CompletionQueue] = set()
         self._users: dict[Mode, int] = {"event": 0, "adaptive": 0, "busy": 0}
         self.mode: Mode = "event"
-        self._entries: list[Pending | None] = []
-        self._generations: list[int] = []
-        self._free: list[int] = []
+        self.table = Table(self._mark_turn, self._report)
         self._waiting = 0  # operations of our own (not posted receives) in the table
         self._listeners: dict[int, Callable[[AsyncEvent], None]] = {}
         self.governor = SpinGovernor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
@@ -165,14 +164,11 @@ class CqReactor:
         self._polling = False
         self._last_hit_ns = 0
         self._turn_spent_ns = 0
-        self._turn_marked = False
         self._gone = False
         self._stays = 0
         self._spinning = False
-        self.dispatching = False  # completions that were polled are being handed out
         self.closed = False
-        self._started_ns = _now_ns()
-        self._completions = self._stale = self._polls = self._empty_polls = 0
+        self._started_ns = now_ns()
         self._events = self._wakeups = self._arms = self._turns = 0
         self._inline_polls = self._inline_hits = self._spin_ns = 0
         self._loop.add_reader(self._channel.fd, self._on_channel)
@@ -226,30 +222,14 @@ class CqReactor:
 
     def add(self, entry: Pending) -> int:
         """Puts ``entry`` in a slot; returns the work-request id to post with."""
-        if self._free:
-            slot = self._free.pop()
-            self._entries[slot] = entry
-        else:
-            slot = len(self._entries)
-            self._entries.append(entry)
-            self._generations.append(0)
-        return self._generations[slot] << _SLOT_BITS | slot
+        return self.table.add(entry)
 
     def remove(self, wr_id: int, entry: Pending) -> bool:
         """Takes ``entry`` out, whose completion will not come: it was not posted, or its queue pair is gone.
 
         False when it is not there (any more).
         """
-        slot = wr_id & _SLOT_MASK
-        if slot >= len(self._entries) or self._entries[slot] is not entry:
-            return False
-        self._vacate(slot)
-        return True
-
-    def _vacate(self, slot: int) -> None:
-        self._entries[slot] = None
-        self._generations[slot] = (self._generations[slot] + 1) & _SLOT_MASK
-        self._free.append(slot)
+        return self.table.remove(wr_id, entry)
 
     def posted(self) -> None:
         """An operation somebody will wait for was posted: polling may pay."""
@@ -261,32 +241,24 @@ class CqReactor:
         """An operation counted by :meth:`posted` is out of the table."""
         self._waiting -= 1
 
+    def _report(self, error: BaseException) -> None:
+        self._loop.call_exception_handler(
+            {"message": "completion handler failed (please report this)", "exception": error}
+        )
+
+    @property
+    def dispatching(self) -> bool:
+        """True while completions that were polled are being handed out."""
+        return self.table.dispatching
+
     def _dispatch(self, queue: CompletionQueue, spin_ns: int = 0) -> int:
         """Polls once and hands out what is there; returns how many completions there were."""
-        completions = queue.poll_raw(spin_ns)
-        self._polls += 1
-        if not completions:
-            self._empty_polls += 1
-            return 0
-        entries, generations = self._entries, self._generations
-        self.dispatching = True
-        for wr_id, status, opcode, byte_len, imm, qp_num, vendor_err, _flags in completions:
-            slot = wr_id & _SLOT_MASK
-            entry = entries[slot] if slot < len(entries) else None
-            if entry is None or generations[slot] != wr_id >> _SLOT_BITS:
-                self._stale += 1  # its queue pair was destroyed before this was polled
-                continue
-            self._vacate(slot)
-            try:
-                entry.completed(status, opcode, byte_len, imm, vendor_err, qp_num)
-            except Exception as error:
-                self._loop.call_exception_handler(
-                    {"message": "completion handler failed (please report this)", "exception": error}
-                )
-        self.dispatching = False
-        self._completions += len(completions)
-        self._last_hit_ns = _now_ns()
-        return len(completions)
+        count = self.table.poll(queue.pointer, spin_ns)
+        if count > 0:
+            self._last_hit_ns = now_ns()
+        elif count < 0:
+            raise call_failed(-count, "ibv_poll_cq")
+        return count
 
     def poll_now(self) -> int:
         """Hands out everything that has completed by now, on every queue; returns how many.
@@ -297,7 +269,7 @@ class CqReactor:
         for queue in self._queues:
             while count := self._dispatch(queue):
                 total += count
-                if count < queue.batch:
+                if count < POLL_BATCH:
                     break
         return total
 
@@ -351,7 +323,7 @@ class CqReactor:
     def _keep_polling(self) -> None:
         """Adaptive: polls on turns of the loop from now on, while that is likely to find something."""
         if not self._polling and self.governor.turns_ns():
-            self._last_hit_ns = _now_ns()
+            self._last_hit_ns = now_ns()
             self._start_polling()
 
     def _start_polling(self) -> None:
@@ -372,16 +344,16 @@ class CqReactor:
 
     def _poll_turn(self) -> None:
         self._turns += 1
-        before = _now_ns()
+        before = now_ns()
         budget = _TURN_LIMIT
         for queue in self._queues:
             while budget > 0 and (count := self._dispatch(queue)):
                 budget -= count
-                if count < queue.batch:
+                if count < POLL_BATCH:
                     break
         if budget <= 0:
             self._queues.append(self._queues.pop(0))  # the next in line starts
-        now = _now_ns()
+        now = now_ns()
         self._spin_ns += now - before
         if self.mode == "busy" or (
             self.mode == "adaptive" and now - self._last_hit_ns < self.governor.turns_ns()
@@ -407,7 +379,7 @@ class CqReactor:
         ``governor`` sets the time and learns from the outcome (adaptive), None is the cap (busy), ``once`` ends
         there (event). Not reentrant: an await inside a completion callback does not poll.
         """
-        if self._spinning or self.dispatching or self.closed or not self._may_stay():
+        if self._spinning or self.table.dispatching or self.closed or not self._may_stay():
             return
         self._spinning = True
         try:
@@ -431,10 +403,10 @@ class CqReactor:
             budget = governor.inline_ns() if self._waiting <= 1 else 0
         if not budget or self._turn_spent_ns >= _TURN_BUDGET_NS:
             return
-        start = now = _now_ns()
+        start = now = now_ns()
         while not waitable.done() and now - start < budget:
             self._dispatch(queue, budget - (now - start))
-            now = _now_ns()
+            now = now_ns()
         if governor is not None:
             governor.hit(waitable.done())
         self._turn_spent_ns += now - start
@@ -443,20 +415,22 @@ class CqReactor:
     def _may_stay(self) -> bool:
         """True when this await may complete without a turn of the loop: not when others are waiting for one, and
         only so many times in a row. (Whether others wait is known for asyncio's loop only.)"""
-        if not self._turn_marked:
-            self._turn_marked = True
-            self._loop.call_soon(self._renew_turn)
-            self._stays = 0
+        self.table.mark_turn()
         self._stays += 1
         return self._stays <= _TURN_AWAITS and not self._others_ready()
 
     def _others_ready(self) -> bool:
         """True when the loop has other callbacks to run than our own (known for asyncio's loop only)."""
-        return self._ready is not None and len(self._ready) > self._polling + self._turn_marked
+        return self._ready is not None and len(self._ready) > self._polling + self.table.turn_marked
+
+    def _mark_turn(self) -> None:
+        """Called by the table, once a turn of the loop, when something happens in it that ends with it."""
+        self._loop.call_soon(self._renew_turn)
 
     def _renew_turn(self) -> None:
-        self._turn_marked = False
+        self._stays = 0
         self._turn_spent_ns = 0
+        self.table.turned()
 
     # --- asynchronous events -------------------------------------------------------------------------
 
@@ -507,15 +481,15 @@ class CqReactor:
 
     def statistics(self) -> ReactorStatistics:
         """A snapshot."""
-        elapsed = max(1, _now_ns() - self._started_ns)
+        elapsed = max(1, now_ns() - self._started_ns)
         return ReactorStatistics(
             mode=self.mode,
             users=sum(self._users.values()),
-            pending=len(self._entries) - len(self._free),
-            completions=self._completions,
-            stale_completions=self._stale,
-            polls=self._polls,
-            empty_polls=self._empty_polls,
+            pending=len(self.table),
+            completions=self.table.completions,
+            stale_completions=self.table.stale,
+            polls=self.table.polls,
+            empty_polls=self.table.empty_polls,
             events=self._events,
             wakeups=self._wakeups,
             arms=self._arms,

@@ -386,3 +386,8 @@ def errno_text(number: int) -> str:
     import errno as _errno
 
     return f"{_errno.errorcode.get(number, number)}: {os.strerror(number)}"
+
+
+def call_failed(number: int, call: str) -> DeviceError:
+    """The error for a verbs call that returned this error number."""
+    return DeviceError(f"{call} failed: {errno_text(number)}", errno=number, call=call)

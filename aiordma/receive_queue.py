@@ -5,123 +5,86 @@ the buffer is posted again, and a credit is owed to the peer. So a slow user slo
 bounded by the ring. A notification, and the offer of a large message, free their buffer at once, but their credit
 is owed only when the user has taken them, for the same reason.
 
-Taking is separate from waking: a receiver that is cancelled between its wake-up and its turn has taken nothing,
-and the wake-up goes to the next in line. Receivers are served in the order they came.
+A message that arrives while somebody waits is the first receiver's at once, as the result of its future; one that
+is cancelled before it has run puts it back, at the head. Receivers are served in the order they came.
+
+Messages in good order take the way of native/datapath/receive.c: from the completion into the inbox, and out of it
+to the user. Here is the rest: other frames, errors, and the end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from ._native import ffi
+from ._native import _datapath, ffi
+from ._native._datapath import Buffer, Ring
 from ._native._memory import Memory
-from .cq_reactor import CqReactor, SpinGovernor
+from .cq_reactor import CqReactor, SpinGovernor, now_ns
 from .errors import DeviceError, ProtocolError
-from .mr_pool import Lease, ReceiveRing
+from .mr_pool import Lease
 from .protocol.credit import CreditLedger
 from .protocol.frames import HEADER, HEADER_SIZE, RETURN, FrameKind, check_header
 from .protocol.rendezvous import Taking
-from .send_queue import SendQueue, SpinningFuture
-from .shared_receives import SharedRing
+from .send_queue import SendQueue
+from .shared_receives import SharedRing, SharedUser
 from .verbs import QueuePair, WcOpcode
 
 _RECV_WITH_IMM = int(WcOpcode.RECV_RDMA_WITH_IMM)
-_now_ns = time.perf_counter_ns
 
 T = TypeVar("T")
 
 
-class Inbox(Generic[T]):
+class Inbox(_datapath.Inbox[T]):
     """Items in order of arrival, and a fair line of those who wait for one."""
-
-    __slots__ = ("_governor", "_loop", "_spin", "_waiters", "_woken", "items")
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        spin: Callable[[SpinningFuture], None] | None,
+        spin: Callable[[Inbox[T]], None] | None,
         governor: SpinGovernor | None,
+        put_back: Callable[[T], object] | None = None,
     ) -> None:
         self._loop = loop
         self._spin = spin
         self._governor = governor
-        self._waiters: deque[SpinningFuture] = deque()
-        self._woken: deque[SpinningFuture] = (
-            deque()
-        )  # have not taken their turn yet: the first items are theirs
-        self.items: deque[T] = deque()
+        self._return = put_back or self.put_back
+        self.failed = False  # fail() was called
 
-    def put(self, item: T) -> None:
-        """One more item; wakes the first in line."""
-        self.items.append(item)
-        self._wake()
+    async def wait(self) -> T | None:
+        """The next item, for a caller that found none. None: something else has happened, look again.
 
-    def put_back(self, item: T) -> None:
-        """An item that was taken is the next one again; wakes the first in line."""
-        self.items.appendleft(item)
-        self._wake()
-
-    def remove(self, item: T) -> None:
-        """An item is gone; a receiver that was woken for it finds nothing."""
-        self.items.remove(item)
-
-    def look_again(self) -> None:
-        """Somebody leaves an item to others: wakes the first in line."""
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiters and len(self.items) > len(self._woken):
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                self._woken.append(waiter)
-                waiter.set_result(True)
-
-    @property
-    def place(self) -> int | None:
-        """Where the next item is that is promised to nobody; None when there is none."""
-        place = len(self._woken)
-        return place if len(self.items) > place else None
-
-    def take(self, place: int) -> T:
-        """Takes the item at a place that :attr:`place` or :meth:`wait` has just given."""
-        if not place:
-            return self.items.popleft()
-        item = self.items[place]
-        del self.items[place]
+        The first in line lets the reactor poll before it goes to the event loop. Cancelled: nothing is lost. Raises
+        what :meth:`fail` was given.
+        """
+        started = now_ns()
+        if self._spin is not None and not self.waiting:
+            self._spin(self)
+            if self.done() or self.failed:
+                self._learn(started)
+                return self.get()
+        future = self._loop.create_future()
+        self.line_up(future)
+        try:
+            item: T = await future
+        except BaseException:
+            if not self.leave_line(future) and not future.cancelled() and future.exception() is None:
+                self._return(future.result())
+            raise
+        self._learn(started)
         return item
 
-    async def wait(self) -> int:
-        """Returns when it is the caller's turn, with the place of its item: it must take it before it awaits
-        anything, and look first whether it is there (:meth:`remove`).
-
-        Cancelled: the turn goes to the next. Raises what :meth:`fail` was given.
-        """
-        waiter = SpinningFuture(self._loop, self._spin)
-        self._waiters.append(waiter)
-        started = _now_ns()
-        try:
-            await waiter
-        except BaseException:
-            if waiter in self._woken:
-                self._woken.remove(waiter)
-                self._wake()
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
-            raise
-        place = self._woken.index(waiter)
-        del self._woken[place]
+    def _learn(self, started: int) -> None:
         if self._governor is not None:
-            self._governor.learn(_now_ns() - started)
-        return place
+            self._governor.learn(now_ns() - started)
 
     def fail(self, make_error: Callable[[], BaseException]) -> None:
-        """Everyone in line gets an error of their own; those already woken still get their item."""
-        while self._waiters:
-            self._waiters.popleft().fail(make_error())
+        """Everyone in line gets an error of their own; those who have their item already keep it."""
+        self.failed = True
+        for future in self.drain_line():
+            if not future.done():
+                future.set_exception(make_error())
 
 
 class LargeArrivals(Protocol):
@@ -187,114 +150,98 @@ class MessageLease(Memory):
         return f"<MessageLease {self.nbytes} bytes{' released' if self._released else ''}>"
 
 
-class ReceiveSlot:
-    """One receive buffer of a connection's own ring in the pending table."""
+class OwnRing(Ring):
+    """The receives of a connection that shares them with no other."""
 
-    __slots__ = ("index", "queue", "ring", "wr_id")
+    def __init__(self, reactor: CqReactor, qp: QueuePair, lease: Lease, count: int, size: int) -> None:
+        super().__init__(reactor.table, size, qp=qp.pointer)
+        self._qp_num = qp.qp_num
+        self._lease = lease
+        for at in range(0, count * size, size):
+            self.add(lease, lease.address + at, lease.lkey)
 
-    def __init__(self, queue: ReceiveQueue, ring: OwnRing, index: int) -> None:
-        self.queue = queue
-        self.ring = ring
-        self.index = index
-        self.wr_id = 0
+    def open(self, receiver: ReceiveQueue) -> None:
+        """Posts every buffer; what arrives is the receiver's. Raises :class:`DeviceError`."""
+        self.enter(self._qp_num, receiver)
+        for buffer in self.buffers:
+            self.post(buffer)
 
-    def completed(
-        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
-    ) -> None:
-        """Something arrived in this buffer, or it was flushed."""
-        self.ring.arrived()
-        self.queue.completed(self.index, status, opcode, byte_len, imm, vendor_err)
-
-
-class OwnRing(ReceiveRing):
-    """The ring of a connection that shares its receives with no other."""
-
-    __slots__ = ("_reactor", "_slots")
-
-    def __init__(
-        self, queue: ReceiveQueue, reactor: CqReactor, qp: QueuePair, lease: Lease, count: int, size: int
-    ) -> None:
-        super().__init__(lease, count, size, wr_id=self._enter, post=qp.post_recv, post_one=qp.post_recv_one)
-        self._reactor = reactor
-        self._slots = [ReceiveSlot(queue, self, index) for index in range(count)]
-
-    def _enter(self, index: int) -> int:
-        slot = self._slots[index]
-        slot.wr_id = self._reactor.add(slot)
-        return slot.wr_id
-
-    def unused(self, index: int) -> None:
+    def unused(self, buffer: Buffer) -> None:
         """The contents of a buffer will not be taken: nothing to do, for the ring ends with its connection."""
 
-    def lend(self, index: int) -> Callable[[], None]:
+    def lend(self, buffer: Buffer) -> Callable[[], None]:
         """A buffer is looked at for longer, after :meth:`close` too; call the result when that is over."""
-        return self.hold().release
+        hold: Any = memoryview(self._lease)
+        return lambda: hold.release()
 
-    def close(self) -> None:
+    def leave(self, handed: int) -> None:
         """The queue pair is gone: nothing can touch the ring any more."""
-        for slot in self._slots:
-            self._reactor.remove(slot.wr_id, slot)
-        super().close()
+        self.close()
+        self._lease.release_nowait()
 
 
-class ReceiveQueue:
+class ReceiveQueue(SharedUser):
     """The ring, or the part of a shared one, the inbox of messages and the inbox of notifications.
 
-    A message in the inbox is (buffer index, payload length), bytes once the ring is gone, or the offer of a large
-    one, which only large_messages.py can read.
+    A message in the inbox is the buffer it lies in, bytes once the ring is gone, or the offer of a large one, which
+    only large_messages.py can read.
     """
+
+    messages: Inbox[Buffer | bytes | Taking]
+    ledger: CreditLedger | None
 
     def __init__(
         self,
         *,
-        ring: Callable[[ReceiveQueue], OwnRing | SharedRing],
+        ring: OwnRing | SharedRing,
         sends: SendQueue,
-        spin: Callable[[SpinningFuture], None] | None,
+        spin: Callable[[Inbox[Any]], None] | None,
         governor: SpinGovernor | None,
         failed: Callable[[int, int, str], None],
         broken: Callable[[DeviceError | ProtocolError], None],
         recall: Callable[[int], None],
     ) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(sends, Inbox(loop, spin, governor, put_back=self.put_back))
         self._sends = sends
         self._failed = failed
         self._broken = broken
         self._recall = recall
-        self.ring = ring(self)
-        self.shared = self.ring if isinstance(self.ring, SharedRing) else None
-        loop = asyncio.get_running_loop()
-        self.messages: Inbox[tuple[int, int] | bytes | Taking] = Inbox(loop, spin, governor)
+        self.ring = ring
+        self.shared = ring if isinstance(ring, SharedRing) else None
         self.notifications: Inbox[int] = Inbox(loop, spin, governor)
-        self.ledger: CreditLedger | None = None
         self.large: LargeArrivals | None = None  # set with the ledger
-        self.closed = False
         self.on_idle: Callable[[], None] | None = None
-        self.received = 0
         self._last_taken = False  # a shared queue: the device has told that the queue pair takes no more
 
     def post_all(self) -> None:
-        """Posts every buffer of an own ring; the queue pair is in INIT. Raises :class:`DeviceError`."""
-        if isinstance(self.ring, OwnRing):
-            self.ring.post(range(self.ring.count))
+        """Takes its place at the ring, whose buffers are posted; the queue pair is in INIT. Raises
+        :class:`DeviceError`."""
+        self.ring.open(self)
 
     # --- arrivals ------------------------------------------------------------------------------------
 
     def completed(
-        self, index: int, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int
+        self, buffer: Buffer, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int
     ) -> None:
-        """A posted buffer came back."""
+        """A posted buffer came back, and not with a message in good order."""
         if status:
-            self.ring.unused(index)
+            self.ring.unused(buffer)
             self._failed(status, vendor_err, "recv")
         elif self.closed:
-            self.ring.unused(index)
+            self.ring.unused(buffer)
         else:
             try:
-                self._arrived(index, opcode, byte_len, imm)
+                self._arrived(buffer, opcode, byte_len, imm)
             except (ProtocolError, DeviceError) as error:
-                self.ring.unused(index)
+                self.ring.unused(buffer)
                 self._broken(error)
         if self.on_idle is not None and self.drained:
             self.on_idle()
+
+    def refused(self, error: DeviceError | ProtocolError) -> None:
+        """A frame of the peer breaks the protocol, or a receive could not be posted."""
+        self._broken(error)
 
     @property
     def drained(self) -> bool:
@@ -309,39 +256,29 @@ class ReceiveQueue:
         if self.on_idle is not None:
             self.on_idle()
 
-    def _arrived(self, index: int, opcode: int, byte_len: int, imm: int) -> None:
+    def _arrived(self, buffer: Buffer, opcode: int, byte_len: int, imm: int) -> None:
         ledger = self.ledger
         if ledger is None:
             raise ProtocolError("the peer sent before the connection was established")
         if opcode == _RECV_WITH_IMM:
             ledger.receive_data()
-            self.ring.post_one(index)
+            self.ring.post(buffer)
             self.notifications.put(imm)
             return
         if byte_len < HEADER_SIZE:
             raise ProtocolError(f"frame of {byte_len} bytes, shorter than its header")
-        kind, flags, reserved, length, data, control = HEADER.unpack_from(
-            self.ring.buffer(index, HEADER_SIZE)
-        )
+        frame = buffer.frame(byte_len)
+        kind, flags, reserved, length, *limits = HEADER.unpack_from(frame)
         check_header(kind, flags, reserved, length, byte_len)
-        if kind == FrameKind.MESSAGE:
-            ledger.receive_data()
-            self.received += 1
-            more = ledger.learn(data, control)
-            self.messages.put((index, length))
-        else:
-            more = self._control_arrived(ledger, kind, index, length, (data, control))
+        self.ring.post(buffer)
+        more = ledger.learn(*limits)
+        self._take_in(ledger, kind, frame[HEADER_SIZE:])
         if more:
             self._sends.pump()
         self._sends.send_control()
 
-    def _control_arrived(
-        self, ledger: CreditLedger, kind: int, index: int, length: int, limits: tuple[int, int]
-    ) -> bool:
-        """A frame whose buffer is free at once; True when the limit for our data rose."""
-        payload = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
-        self.ring.post_one(index)
-        more = ledger.learn(*limits)
+    def _take_in(self, ledger: CreditLedger, kind: int, payload: bytes) -> None:
+        """A frame whose buffer is free at once."""
         assert self.large is not None
         if kind == FrameKind.CREDIT:
             ledger.receive_control()
@@ -353,7 +290,6 @@ class ReceiveQueue:
             self.large.offered(payload)
         else:
             self.large.answered(payload)
-        return more
 
     # --- the share of a shared queue (shared_receives.SharedUser) ------------------------------------
 
@@ -370,89 +306,56 @@ class ReceiveQueue:
         """Asks the peer for credits that it does not use."""
         self._recall(count)
 
-    # --- taking --------------------------------------------------------------------------------------
+    def used(self) -> None:
+        """As many messages were taken as the ledger's ``mark`` says."""
+        if self.shared is not None:
+            self.shared.used()
 
-    def peek(self, place: int) -> int:
+    # --- taking: take(), take_next() and take_into() are the base's ----------------------------------
+
+    @staticmethod
+    def length(item: Buffer | bytes | Taking) -> int:
         """The length in bytes of a message."""
-        item = self.messages.items[place]
-        if isinstance(item, tuple):
-            return item[1]
+        if isinstance(item, Buffer):
+            return item.length
         return item.offer.nbytes if isinstance(item, Taking) else len(item)
 
     @property
     def unread(self) -> bool:
         """True when a message waits that is not empty."""
-        return any(item[1] if isinstance(item, tuple) else item for item in self.messages.items)
+        return any(map(self.length, self.messages.items()))
 
-    def take(self, place: int) -> bytes | Taking:
-        """A message, as bytes; its buffer is posted again. The offer of a large one is the caller's now."""
-        item = self.messages.take(place)
-        if not isinstance(item, tuple):
-            return item
-        index, length = item
-        data = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
-        self._recycle(index)
-        return data
-
-    def take_into(self, place: int, view: memoryview) -> int | Taking:
-        """A message, copied to the start of ``view``, which is large enough; returns its length. Offers as in
-        :meth:`take`."""
-        item = self.messages.take(place)
-        if isinstance(item, Taking):
-            return item
-        if isinstance(item, bytes):
-            view[: len(item)] = item
-            return len(item)
-        index, length = item
-        view[:length] = self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:]
-        self._recycle(index)
-        return length
-
-    def take_lease(self, place: int) -> MessageLease | bytes | Taking:
-        """A message where it lies, its buffer lent until the lease is released; bytes when the ring is gone.
-        Offers as in :meth:`take`."""
-        item = self.messages.take(place)
-        if not isinstance(item, tuple):
-            return item
-        index, length = item
-        take_back = self.ring.lend(index)  # the memory outlives the connection, if the lease does
+    def lease(self, buffer: Buffer) -> MessageLease:
+        """A message that was taken where it lies, its buffer lent until the lease is released."""
+        if self.closed:
+            return MessageLease.of_copy(self.take(buffer))
+        self.lend(buffer)
+        take_back = self.ring.lend(buffer)  # the memory outlives the connection, if the lease does
 
         def give_back() -> None:
             take_back()
-            self._recycle(index)
+            self.recycle(buffer)
 
-        return MessageLease(self.ring.address(index) + HEADER_SIZE, length, take_back, give_back)
+        return MessageLease(buffer.address, buffer.length, take_back, give_back)
 
-    def put_back(self, item: bytes | Taking) -> None:
-        """What was taken is next again."""
-        if not self.closed or isinstance(item, bytes):
-            self.messages.put_back(item)
+    def put_back(self, item: Buffer | bytes | Taking) -> None:
+        """What was taken is next again, unless nothing can be read any more, or the peer has withdrawn it."""
+        if self.closed:
+            if isinstance(item, Taking):
+                return
+            item = self._leave(item)
+        elif isinstance(item, Taking) and item.withdrawn:
+            return
+        super().put_back(item)
 
-    def take_notification(self, place: int) -> int:
+    def take_notification(self, imm: int) -> int:
         """A notification."""
-        imm = self.notifications.take(place)
         self.owe()
         return imm
 
-    def _recycle(self, index: int) -> None:
-        if self.closed:
-            self.ring.unused(index)
-            return
-        try:
-            self.ring.post_one(index)
-        except DeviceError as error:
-            self._broken(error)
-            return
-        self.owe()
-
-    def owe(self) -> None:
-        """The user has taken something whose receive was posted again: its credit is owed."""
-        ledger = self.ledger
-        if ledger is not None and not self.closed:
-            ledger.release()
-            if self.shared is not None and ledger.data_released >= self.shared.share.mark:
-                self.shared.used()
-            self._sends.send_control()
+    def left(self, buffer: Buffer) -> None:
+        """A buffer that was looked at when everything ended is free."""
+        self.ring.unused(buffer)
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -462,23 +365,21 @@ class ReceiveQueue:
         if self.closed:
             return
         self.closed = True
-        items = list(self.messages.items)
-        self.messages.items.clear()
         if not keep:
-            self.notifications.items.clear()
-        for item in items:
+            self.notifications.drain()
+        for item in self.messages.drain():
             keep = keep and not isinstance(item, Taking)
             data = self._leave(item)
             if keep:
-                self.messages.items.append(data)
+                self.messages.put(data)
 
-    def _leave(self, item: tuple[int, int] | bytes | Taking) -> bytes:
+    def _leave(self, item: Buffer | bytes | Taking) -> bytes:
         """The message, copied; its buffer is free."""
-        if not isinstance(item, tuple):
+        if not isinstance(item, Buffer):
             return item if isinstance(item, bytes) else b""
-        index, length = item
-        data = bytes(self.ring.buffer(index, HEADER_SIZE + length)[HEADER_SIZE:])
-        self.ring.unused(index)
+        data = item.message()
+        self.lend(item)
+        self.ring.unused(item)
         return data
 
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
@@ -489,4 +390,4 @@ class ReceiveQueue:
     def close(self) -> None:
         """The queue pair is gone: nothing can touch the buffers any more."""
         self.stop(keep=False)
-        self.ring.close()
+        self.ring.leave(self.handed)

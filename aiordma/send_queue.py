@@ -6,6 +6,10 @@ confused, because completions of different queues are not ordered: the peer's cr
 before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
 nothing passes a write that was issued before it.
 
+A small message that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no completion. It is
+the device's as soon as it was copied, and so are messages on the way described here once they are posted: send() is
+done then. That everything sent before has arrived is told by a marker (:meth:`SendQueue.confirm`).
+
 Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
 travels inline (staging.py); so it needs no registration of its own, and the caller's buffer is free as soon as the
 request is posted. Without a staging buffer, the queue waits for its turn; nothing passes what waits. Large data is
@@ -18,13 +22,13 @@ needs a staging buffer: two peers that are both blocked in send still tell each 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
-from .cq_reactor import CqReactor, SpinGovernor
-from .errors import DeviceError, errno_text
+from ._native._datapath import Sender
+from .cq_reactor import CqReactor, SpinGovernor, now_ns
+from .errors import DeviceError, call_failed
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
 from .protocol.frames import HEADER, HEADER_SIZE, RETURN, FrameKind
@@ -46,10 +50,10 @@ _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
 _OUTBOUND = (SEND, WRITE, WRITE_IMM)
 _MESSAGE = int(FrameKind.MESSAGE)
 _OFFER = int(FrameKind.OFFER)
+#: Messages that go the short way may be under way without a slot (native/datapath/datapath.h: GROUP * GROUPS).
+MESSAGES_IN_FLIGHT = 64
 #: The most bytes of a control frame.
 CONTROL_FRAME = HEADER_SIZE + DONE_SIZE
-
-_now_ns = time.perf_counter_ns
 
 #: A work request as SEND_WR_STRUCT packs it.
 PackedFields = tuple[int, int, int, int, int, int, int, int, int, int, int]
@@ -203,9 +207,27 @@ class ControlSlot(SendSlot):
         self.queue.control_completed(self, status, vendor_err)
 
 
-class SendQueue:
+class Marker:
+    """A write of nothing, behind what is to be confirmed: its completion is that of everything before."""
+
+    __slots__ = ("_ended", "wr_id")
+
+    def __init__(self, ended: Callable[[int, int], None]) -> None:
+        self._ended = ended
+        self.wr_id = 0
+
+    def completed(
+        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
+    ) -> None:
+        """The device is done with it."""
+        self._ended(status, vendor_err)
+
+
+class SendQueue(Sender):
     """The windows, the slots and the posting. ``failed(status, vendor_err, kind, operation)`` is told of error
     completions, ``broken(error)`` of requests the device refused."""
+
+    ledger: CreditLedger | None
 
     def __init__(
         self,
@@ -225,6 +247,9 @@ class SendQueue:
         failed: Callable[[int, int, str, Operation | None], None],
         broken: Callable[[DeviceError], None],
     ) -> None:
+        self._credit_queue: deque[Operation] = deque()
+        self._slot_queue: deque[Operation] = deque()
+        super().__init__(reactor.table, qp.pointer, qp.max_inline, self._credit_queue, self._slot_queue)
         self.loop = asyncio.get_running_loop()
         self.spin: Callable[[SpinningFuture], None] = self._spin
         self._spins = spins
@@ -234,6 +259,8 @@ class SendQueue:
         self._staging = staging
         self._places = scratch.places
         self._inline = qp.max_inline
+        self.done: asyncio.Future[None] = self.loop.create_future()
+        self.done.set_result(None)
         self._governor = governor
         self._failed = failed
         self._broken = broken
@@ -245,21 +272,20 @@ class SendQueue:
         self._control_lease = control_lease
         self._control_slots = self._make_control_slots(control + offers)
         self._control_free = self._control_slots[:]
-        self.ledger: CreditLedger | None = None
-        self._reserved = 0  # credits promised to operations that still wait for a slot
         self.offers_free = 0  # how many more large messages may be offered to the peer now
         self.offers_more = 0  # ... if a shared receive queue has room for their answers
         self.room: OfferRoom | None = None  # that queue
-        self._recalled = 0  # data credits the peer would like to have back
         self._answers: deque[bytes] = deque()  # to the peer's offers
-        self._credit_queue: deque[Operation] = deque()
-        self._slot_queue: deque[Operation] = deque()
         self.closed = False
         self.refused: DeviceError | None = None  # a request the device did not take
         self.posted = 0  # work requests the device has
         self.on_idle: Callable[[], None] | None = None
-        self.sent = 0
         self.credit_frames = 0
+        self._marker: Marker | None = None
+        self._to_confirm: list[asyncio.Future[None]] = []  # by the next marker, when this one is back
+        self._confirming: list[asyncio.Future[None]] = []  # by this one
+        self._confirmed = 0  # of the messages handed over
+        self._staged: list[Operation] = []  # messages that are done when they are posted
 
     def _make_control_slots(self, count: int) -> list[ControlSlot]:
         """Control frames travel inline; only a device that takes none needs registered memory for them."""
@@ -319,7 +345,7 @@ class SendQueue:
     def _may_go(self, operation: Operation) -> bool:
         """True when the peer has room for the message."""
         ledger = self.ledger
-        if ledger is None or ledger.data_credits <= self._reserved:
+        if ledger is None or ledger.data_credits <= self.reserved:
             return False
         return operation.frame != _OFFER or self.offers_free > 0 or self._more_offers()
 
@@ -340,7 +366,7 @@ class SendQueue:
             self.room.fewer_offers()
 
     def _reserve(self, operation: Operation) -> None:
-        self._reserved += 1
+        self.reserved += 1
         if operation.frame == _OFFER:
             self.offers_free -= 1
 
@@ -361,7 +387,7 @@ class SendQueue:
             except ValueError:
                 continue
             if waiting is self._slot_queue and operation.credit:
-                self._reserved -= 1
+                self.reserved -= 1
                 self.offers_free += operation.frame == _OFFER
         if not operation.in_flight:
             self._end(operation)
@@ -381,7 +407,7 @@ class SendQueue:
     def pump(self) -> None:
         """Posts what the windows allow, in order, with one call for all of it."""
         self._promote()
-        if self._recalled:
+        if self.wanted_back:
             self._give_back()
         if not self._slot_queue or not self._free or self.closed or self.refused is not None:
             return
@@ -482,6 +508,8 @@ class SendQueue:
         nbytes = operation.nbytes
         if operation.frame == _OFFER:
             operation.staged()
+        else:
+            self._staged.append(operation)
         HEADER.pack_into(view, 0, operation.frame, 0, 0, nbytes, *ledger.stamp())
         if data.__class__ is tuple:
             at = HEADER_SIZE
@@ -494,7 +522,7 @@ class SendQueue:
 
     def _use_credit(self) -> CreditLedger:
         assert self.ledger is not None
-        self._reserved -= 1
+        self.reserved -= 1
         self.ledger.send_data()
         return self.ledger
 
@@ -505,7 +533,7 @@ class SendQueue:
         if not operation.counted:
             operation.counted = True
             if self._governor is not None:
-                operation.started_ns = _now_ns()
+                operation.started_ns = now_ns()
             self._reactor.posted()
         self.posted += 1
         return slot.wr_id
@@ -515,6 +543,8 @@ class SendQueue:
     def _post(self, batch: Sequence[PackedFields]) -> None:
         if not batch:
             return
+        if self.queued:
+            self.flush()
         qp = self._qp
         if len(batch) == 1 and batch[0][9] not in _ATOMICS:
             wr_id, address, remote, _, _, nbytes, lkey, rkey, imm, opcode, flags = batch[0]
@@ -526,11 +556,22 @@ class SendQueue:
         self.sent += done
         if rc:
             self._refuse({fields[0] for fields in batch[done:]}, rc)
+        if self._staged:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Messages that were staged are with the device now: whoever sent them is done."""
+        staged, self._staged = self._staged, []
+        self.handed += len(staged)
+        for operation in staged:
+            if not operation.done():
+                operation.set_result(None)
 
     def _refuse(self, wr_ids: set[int], rc: int) -> None:
         """The device did not take these requests: they fail, and nothing may be posted behind the gap."""
-        error = DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
+        error = call_failed(rc, "ibv_post_send")
         self.refused = error
+        self.open = False
         for slot in self._slots:
             operation = slot.operation
             if operation is not None and slot.wr_id in wr_ids:
@@ -538,8 +579,18 @@ class SendQueue:
                 self._take_back(slot)
         self._broken(error)
 
+    def message_refused(self, rc: int) -> None:
+        """The device did not take messages that went the short way."""
+        self._refuse(set(), rc)
+
+    def message_failed(self, status: int, vendor_err: int) -> None:
+        """One of them failed."""
+        self._failed(status, vendor_err, "send", None)
+
     def _post_special(self, operation: Operation) -> None:
         assert operation.post is not None
+        if self.queued:
+            self.flush()
         slot = self._take_slot()
         wr_id = self._enter(slot, operation)
         operation.offset = operation.nbytes
@@ -587,7 +638,7 @@ class SendQueue:
         if operation.in_flight == 1 and operation.offset >= operation.nbytes and not operation.done():
             operation.set_result(self._result(operation, slot))
             if self._governor is not None and operation.nbytes <= self.stage_size:
-                self._governor.learn(_now_ns() - operation.started_ns)
+                self._governor.learn(now_ns() - operation.started_ns)
         self._free_slot(slot)
         self._settle(operation)
         if self._slot_queue or self._credit_queue:
@@ -625,24 +676,26 @@ class SendQueue:
                 self._post_control(FrameKind.CREDIT, b"", ledger)
             else:
                 break
-        if self._recalled:
+        if self.wanted_back:
             self._give_back()
 
     def recalled(self, count: int) -> None:
         """The peer asks for up to ``count`` data credits that are not used; it gets an answer as soon as there is
         a credit for that."""
-        self._recalled = count
+        self.wanted_back = count
         self._give_back()
 
     def _give_back(self) -> None:
         ledger = self.ledger
-        if ledger is None or self.closed or not self._control_free or ledger.data_credits <= self._reserved:
+        if ledger is None or self.closed or not self._control_free or ledger.data_credits <= self.reserved:
             return
-        count = ledger.give_back(self._recalled, self._reserved)
-        self._recalled = 0
+        count = ledger.give_back(self.wanted_back, self.reserved)
+        self.wanted_back = 0
         self._post_control(FrameKind.RETURN, RETURN.pack(count), ledger)
 
     def _post_control(self, kind: FrameKind, payload: bytes, ledger: CreditLedger) -> None:
+        if self.queued:
+            self.flush()
         slot = self._control_free.pop()
         place = slot.place
         nbytes = HEADER_SIZE + len(payload)
@@ -655,9 +708,7 @@ class SendQueue:
             self._reactor.remove(slot.wr_id, slot)
             self.posted -= 1
             self._control_free.append(slot)
-            self._broken(
-                DeviceError(f"ibv_post_send failed: {errno_text(rc)}", errno=rc, call="ibv_post_send")
-            )
+            self._broken(call_failed(rc, "ibv_post_send"))
 
     def control_completed(self, slot: ControlSlot, status: int, vendor_err: int) -> None:
         """A control frame left (or failed)."""
@@ -670,17 +721,70 @@ class SendQueue:
         if self.posted == 0 and self.on_idle is not None:
             self.on_idle()
 
+    # --- confirmation --------------------------------------------------------------------------------
+
+    def confirm(self) -> asyncio.Future[None]:
+        """Done when every message that was handed over before has arrived. Cancelled when that is not to be known
+        any more, failed by :meth:`fail_all`."""
+        future = self.loop.create_future()
+        if self.handed == self._confirmed:
+            future.set_result(None)
+        else:
+            self._to_confirm.append(future)
+            self._post_marker()
+        return future
+
+    def _post_marker(self) -> None:
+        if self._marker is not None or not self._to_confirm:
+            return
+        if self.queued:
+            self.flush()
+        handed = self.handed
+        marker = Marker(lambda status, vendor_err: self._marker_ended(handed, status, vendor_err))
+        marker.wr_id = self._reactor.add(marker)
+        rc = self._qp.post_send(marker.wr_id, WRITE, _SIGNALED, 0, 0, 0)
+        if rc:
+            self._reactor.remove(marker.wr_id, marker)
+            for future in self._to_confirm:
+                future.cancel()
+            self._to_confirm.clear()
+            self._broken(call_failed(rc, "ibv_post_send"))
+            return
+        self._marker = marker
+        self._confirming, self._to_confirm = self._to_confirm, []
+        self.posted += 1
+
+    def _marker_ended(self, handed: int, status: int, vendor_err: int) -> None:
+        self._marker = None
+        self.posted -= 1
+        futures, self._confirming = self._confirming, []
+        if status:
+            self._failed(status, vendor_err, "flush", None)
+        else:
+            self._confirmed = handed
+        for future in futures:
+            if not future.done():
+                future.cancel() if status else future.set_result(None)
+        self._post_marker()
+        if self.posted == 0 and self.on_idle is not None:
+            self.on_idle()
+
     # --- the end -------------------------------------------------------------------------------------
 
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
         """Ends every wait, queued or in flight; posted memory stays with the device until it hands it back."""
         self.closed = True
+        self.open = False
         self._staging.forget(self)
+        for future in (*self._confirming, *self._to_confirm):
+            if not future.done():
+                future.set_exception(make_error("flush"))
+        self._to_confirm.clear()
         queued = [*self._credit_queue, *self._slot_queue]
         self._credit_queue.clear()
         self._slot_queue.clear()
         self._answers.clear()
-        self._reserved = 0
+        self.reserved = 0
         for operation in queued:
             operation.fail(make_error(operation.kind))
             if not operation.in_flight:
@@ -699,6 +803,9 @@ class SendQueue:
                     self._settle(operation)
         for control in self._control_slots:
             self._reactor.remove(control.wr_id, control)
+        if self._marker is not None:
+            self._reactor.remove(self._marker.wr_id, self._marker)
+        self.forget()
         if self._control_lease is not None:
             for control in self._control_slots:
                 control.place.view.release()

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from ._native._datapath import Buffer, Receiver, Ring
 from .cq_reactor import CqReactor
 from .errors import DeviceError, MemoryLimitError
 from .mr_pool import ALIGNMENT, Lease, MemoryPool, round_up
@@ -45,48 +46,16 @@ class SharedReceiveStatistics:
     recalls: int
 
 
-class SharedUser(Protocol):
+class SharedUser(Receiver):
     """The receive side of one connection (receive_queue.py)."""
-
-    def completed(
-        self, index: int, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int
-    ) -> None:
-        """Something arrived in buffer ``index``, which is the connection's until it posts it again."""
 
     def credits_changed(self) -> None:
         """The peer may be told of more credits."""
+        raise NotImplementedError
 
     def recall(self, count: int) -> None:
         """Ask the peer for ``count`` credits."""
-
-
-class _Buffer:
-    """One receive buffer in the pending table."""
-
-    __slots__ = ("address", "index", "lease", "lkey", "posted", "shared", "view", "wr_id")
-
-    def __init__(self, shared: SharedReceives, index: int, lease: Lease, view: memoryview, at: int) -> None:
-        self.shared = shared
-        self.index = index
-        self.lease = lease
-        self.lkey = lease.lkey
-        self.address = lease.address + at
-        self.view = view[at : at + shared.size]
-        self.posted = False
-        self.wr_id = 0
-
-    def completed(
-        self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
-    ) -> None:
-        """Something arrived in this buffer, or its queue pair failed while it was filled."""
-        shared = self.shared
-        self.posted = False
-        shared.posted -= 1
-        user = shared.users.get(qp_num)
-        if user is not None:
-            user.completed(self.index, status, opcode, byte_len, imm, vendor_err)
-        else:
-            shared.post_one(self.index)  # of a queue pair that is gone
+        raise NotImplementedError
 
 
 class SharedReceives:
@@ -115,12 +84,10 @@ class SharedReceives:
         except BaseException:
             self.srq.close()
             raise
+        self.ring = Ring(reactor.table, size, srq=self.srq.pointer)
         self.books = SharedCredits(limit)
-        self.users: dict[int, SharedUser] = {}  # by qp_num
         self._owners: dict[Share, SharedUser] = {}
-        self._chunks: list[tuple[Lease, memoryview]] = []
-        self.buffers: list[_Buffer] = []
-        self.posted = 0
+        self._leases: list[Lease] = []
         self.tells_last = True  # the device says when a queue pair takes no more (QP_LAST_WQE_REACHED)
         self.closed = False
 
@@ -128,7 +95,7 @@ class SharedReceives:
 
     def has_room(self, minimum: int, control: int) -> bool:
         """True when another connection fits."""
-        return self.books.missing(minimum, control) <= self.capacity - len(self.buffers)
+        return self.books.missing(minimum, control) <= self.capacity - len(self.ring.buffers)
 
     async def join(self, minimum: int, maximum: int, control: int) -> Share:
         """A share for one connection more; buffers are added as needed, memory for them is waited for.
@@ -145,25 +112,16 @@ class SharedReceives:
     def _count(self, wanted: int) -> int:
         """How many buffers to add: whole chunks, as long as the queue takes them."""
         chunks = -(-wanted // self._chunk)
-        return min(chunks * self._chunk, self.capacity - len(self.buffers))
+        return min(chunks * self._chunk, self.capacity - len(self.ring.buffers))
 
     def _add(self, lease: Lease, count: int) -> None:
         if self.closed:
             lease.release_nowait()
             raise DeviceError("the shared receive queue is closed")
-        view = memoryview(lease)
-        self._chunks.append((lease, view))
-        first = len(self.buffers)
-        added = [_Buffer(self, first + i, lease, view, i * self._stride) for i in range(count)]
-        self.buffers += added
-        self.srq.post_recv([self._enter(buffer) for buffer in added])
-        self.posted += count
+        self._leases.append(lease)
+        for at in range(0, count * self._stride, self._stride):
+            self.ring.post(self.ring.add(lease, lease.address + at, lease.lkey))
         self.act(self.books.enlarged(count, self._loop.time()))
-
-    def _enter(self, buffer: _Buffer) -> tuple[int, int, int, int]:
-        buffer.wr_id = self._reactor.add(buffer)
-        buffer.posted = True
-        return buffer.wr_id, buffer.address, self.size, buffer.lkey
 
     def _enlarge(self, wanted: int) -> int:
         """Adds a chunk if there is memory for it now; returns how many buffers were added."""
@@ -176,12 +134,6 @@ class SharedReceives:
             return 0
         self._add(lease, count)
         return count
-
-    def post_one(self, index: int) -> None:
-        """Posts a buffer. Raises :class:`DeviceError` when the device refuses."""
-        buffer = self.buffers[index]
-        self.srq.post_recv_one(*self._enter(buffer))
-        self.posted += 1
 
     # --- books ---------------------------------------------------------------------------------------
 
@@ -197,29 +149,26 @@ class SharedReceives:
                 else:
                     owner.credits_changed()
 
-    def enter(self, qp_num: int, share: Share, user: SharedUser) -> SharedRing:
+    def enter(self, qp_num: int, share: Share, user: SharedUser) -> None:
         """``user`` gets what arrives for this queue pair from now on."""
-        self.users[qp_num] = user
+        self.ring.enter(qp_num, user)
         self._owners[share] = user
-        return SharedRing(self, share, qp_num)
 
-    def forget(self, qp_num: int, share: Share) -> None:
-        """The queue pair is gone."""
-        self.users.pop(qp_num, None)
+    def leave(self, qp_num: int, share: Share, held: int) -> None:
+        """The queue pair is gone; ``held`` buffers with messages of it are still looked at."""
+        self.ring.forget(qp_num)
         self._owners.pop(share, None)
+        self.act(self.books.leave(share, held, self._loop.time()))
 
-    def leave(self, share: Share, lent: int) -> None:
-        """The connection is gone; ``lent`` buffers hold messages of it that are still looked at."""
-        self.act(self.books.leave(share, lent, self._loop.time()))
-
-    def comes_back(self, index: int) -> None:
-        """A buffer with a message of a connection that has left was looked at for the last time."""
-        if not self.closed:
-            self.post_one(index)
-            self.act(self.books.enlarged(1, self._loop.time()))
+    def unused(self, buffer: Buffer, *, left: bool) -> None:
+        """A buffer whose contents nobody takes is posted again, if it was not; its connection may have left."""
+        if not self.closed and not buffer.posted:
+            self.ring.post(buffer)
+            if left:
+                self.act(self.books.enlarged(1, self._loop.time()))
 
     def used(self, share: Share) -> None:
-        """The user has taken as many messages as ``share.mark`` says."""
+        """The user has taken as many messages as the ledger's ``mark`` says."""
         self.act(self.books.used(share, self._loop.time()))
 
     def returned(self, share: Share, count: int) -> None:
@@ -239,11 +188,11 @@ class SharedReceives:
         books = self.books
         return SharedReceiveStatistics(
             connections=len(books),
-            receives=len(self.buffers),
-            posted=self.posted,
+            receives=len(self.ring.buffers),
+            posted=self.ring.posted,
             reserved=books.reserved,
             limit=books.limit,
-            registered=sum(lease.nbytes for lease, _ in self._chunks),
+            registered=sum(lease.nbytes for lease in self._leases),
             waiting=books.waiting,
             recalls=books.recalls,
         )
@@ -256,12 +205,9 @@ class SharedReceives:
         try:
             self.srq.close()
         finally:
-            for buffer in self.buffers:
-                self._reactor.remove(buffer.wr_id, buffer)
-                buffer.view.release()
+            self.ring.close()
             self._reactor.unreserve(self.cq, self.capacity)
-            for lease, view in self._chunks:
-                view.release()
+            for lease in self._leases:
                 lease.release_nowait()
 
 
@@ -280,24 +226,26 @@ class SharedRing:
     @property
     def posted(self) -> int:
         """Receives posted for all."""
-        return self._shared.posted
+        return self._shared.ring.posted
 
-    def post_one(self, index: int) -> None:
+    def open(self, receiver: SharedUser) -> None:
+        """What arrives for the queue pair is the receiver's from now on."""
+        self._shared.enter(self._qp_num, self.share, receiver)
+
+    def post(self, buffer: Buffer) -> None:
         """Posts a buffer again. Raises :class:`DeviceError` when the device refuses."""
-        self._shared.post_one(index)
+        self._shared.ring.post(buffer)
 
-    def unused(self, index: int) -> None:
+    def unused(self, buffer: Buffer) -> None:
         """A buffer whose contents nobody will take goes back, if it has not yet."""
-        shared = self._shared
-        if not self._left and not shared.buffers[index].posted:
-            shared.post_one(index)
+        self._shared.unused(buffer, left=self._left)
 
     def tells_last(self) -> None:
         """The device says when a queue pair takes no more receives."""
         self._shared.tells_last = True
 
     def used(self) -> None:
-        """As many messages were taken as ``share.mark`` says."""
+        """As many messages were taken as the ledger's ``mark`` says."""
         self._shared.used(self.share)
 
     def returned(self, count: int) -> None:
@@ -312,32 +260,21 @@ class SharedRing:
         """One less."""
         self._shared.fewer_offers(self.share)
 
-    def address(self, index: int) -> int:
-        """Where a buffer starts."""
-        return self._shared.buffers[index].address
-
-    def buffer(self, index: int, nbytes: int) -> memoryview:
-        """The first ``nbytes`` of a buffer that has arrived."""
-        return self._shared.buffers[index].view[:nbytes]
-
-    def lend(self, index: int) -> Callable[[], None]:
-        """A buffer is looked at for longer, after :meth:`close` too; call the result when that is over."""
-        hold: Any = memoryview(self._shared.buffers[index].lease)
+    def lend(self, buffer: Buffer) -> Callable[[], None]:
+        """A buffer is looked at for longer, after :meth:`leave` too; call the result when that is over."""
+        hold: Any = memoryview(buffer.owner)
         self._lent += 1
 
         def take_back() -> None:
             hold.release()
             self._lent -= 1
-            if self._left:
-                self._shared.comes_back(index)
 
         return take_back
 
-    def close(self) -> None:
-        """The queue pair is gone; its messages have been taken or copied."""
+    def leave(self, handed: int) -> None:
+        """The queue pair is gone; its messages have been taken or copied, but for ``handed`` ones."""
         self._left = True
-        self._shared.forget(self._qp_num, self.share)
-        self._shared.leave(self.share, self._lent)
+        self._shared.leave(self._qp_num, self.share, self._lent + handed)
 
 
 __all__ = ["SharedReceiveStatistics", "SharedReceives", "SharedRing", "SharedUser"]

@@ -311,7 +311,7 @@ class RdmaTransport(transports._FlowControlMixin):
 
     @property
     def _pending(self) -> bool:
-        """True while something written is not known to have reached the peer."""
+        """True while something written is not with the device (a large piece: with the peer)."""
         return bool(self._in_flight) or not self._out.idle
 
     def _dropped_write(self) -> None:
@@ -355,12 +355,14 @@ class RdmaTransport(transports._FlowControlMixin):
             # It cannot be registered (RLIMIT_MEMLOCK, mostly), or the peer's Config does not take it.
             self._out.only_small(parts)
             return
+        if operation.done() and not operation.cancelled() and operation.exception() is None:
+            return  # the device has it
         self._in_flight += 1
         self._bytes_in_flight += nbytes
         operation.add_done_callback(partial(self._sent, nbytes))
 
     def _sent(self, nbytes: int, operation: asyncio.Future[Any]) -> None:
-        """The peer has a message, or will never have it."""
+        """The device has a message (the peer, if it is a large one), or will never have it."""
         self._in_flight -= 1
         self._bytes_in_flight -= nbytes
         error = None if operation.cancelled() else operation.exception()

@@ -19,8 +19,9 @@ import secrets
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
+from ._native._datapath import Buffer
 from ._native._memory import new_bytes
 from .adapter import Route
 from .buffers import bytes_view
@@ -52,6 +53,7 @@ from .send_queue import (
     COMPARE_SWAP,
     CONTROL_FRAME,
     FETCH_ADD,
+    MESSAGES_IN_FLIGHT,
     READ,
     SEND,
     WRITE,
@@ -74,6 +76,11 @@ _RIGHT_READ = int(Access.REMOTE_READ)
 _RIGHT_WRITE = int(Access.REMOTE_WRITE)
 _RIGHT_ATOMIC = int(Access.REMOTE_ATOMIC)
 _U64 = 1 << 64
+
+T = TypeVar("T")
+
+#: asyncio's own, without a lookup in the module for each operation.
+_get_running_loop = asyncio._get_running_loop
 
 State = Literal["preparing", "open", "closing", "closed"]
 
@@ -148,6 +155,8 @@ class Connection:
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._session: Session | None = None
         self._teardown_task: asyncio.Task[None] | None = None
+        self._lingers = False  # closed in order on this side: what was sent is to arrive
+        self._lingering: asyncio.Future[None] | None = None
         self._shares = Shares(self, route.adapter)
         self._grants = Grants()
         self._agreed: Agreed | None = None
@@ -197,7 +206,8 @@ class Connection:
                 self._stage, self._share_limit, self.receive_credits, CONTROL_WINDOW
             )
         own = 0 if self._share_limit else config.receive_credits + self._control
-        self._entries = config.send_depth + self._control + own
+        self._depth = config.send_depth + self._control + MESSAGES_IN_FLIGHT + 1  # and a marker
+        self._entries = self._depth + own
         self._cq = reactor.attach(config.mode, self._entries)
         undo.callback(reactor.detach, config.mode, self._cq, self._entries)
 
@@ -225,7 +235,7 @@ class Connection:
             self._adapter.pd,
             self._cq,
             shared.cq if shared is not None else None,
-            max_send_wr=config.send_depth + self._control,
+            max_send_wr=self._depth,
             max_recv_wr=0 if shared is not None else config.receive_credits + self._control,
             max_inline=config.inline_size,
             srq=shared.srq if shared is not None else None,
@@ -259,9 +269,9 @@ class Connection:
         arrivals = reactor.arrivals if adaptive else None
         recv_cq = self._qp.recv_cq
         self._receives = ReceiveQueue(
-            ring=lambda queue: self._ring(queue, own),
+            ring=self._ring(own),
             sends=self._sends,
-            spin=None if config.mode == "event" else lambda f: reactor.spin(f, recv_cq, arrivals),
+            spin=None if config.mode == "event" else lambda inbox: reactor.spin(inbox, recv_cq, arrivals),
             governor=arrivals,
             failed=lambda status, vendor_err, kind: self._completion_failed(status, vendor_err, kind, None),
             broken=self._fail_with,
@@ -282,12 +292,12 @@ class Connection:
         )
         reactor.listen(self._qp.qp_num, self._on_async_event)
 
-    def _ring(self, queue: ReceiveQueue, own: Lease | None) -> OwnRing | SharedRing:
+    def _ring(self, own: Lease | None) -> OwnRing | SharedRing:
         if self._shared is not None and self._share is not None:
-            return self._shared.enter(self._qp.qp_num, self._share, queue)
+            return SharedRing(self._shared, self._share, self._qp.qp_num)
         assert own is not None
         count = self._config.receive_credits + self._control
-        return OwnRing(queue, self._adapter.reactor, self._qp, own, count, self._stage)
+        return OwnRing(self._adapter.reactor, self._qp, own, count, self._stage)
 
     def _recall(self, count: int) -> None:
         session = self.session
@@ -354,26 +364,30 @@ class Connection:
         """The bootstrap is done: the connection may be used, and ``session`` watches over it."""
         self._session = session
         self._state = "open"
+        self._sends.open = True
         if self._error is not None:  # it broke while the bootstrap was still talking
             error, self._error = self._error, None
             self._end(error, keep=True)
 
     # --- messages ------------------------------------------------------------------------------------
 
-    def send(self, data: Any) -> Operation | LargeSend:
+    def send(self, data: Any) -> asyncio.Future[None]:
         """Sends one message: a contiguous buffer object of any size, empty included, or a list or tuple of them,
         which travel one behind the other as one message, without being joined here first.
 
-        Awaiting returns None when the message has arrived: up to :attr:`eager_size` bytes when the peer's device
-        has it; a larger one when the peer's user has taken it, for it is read from here, in place, when it is
-        taken. Waits in turn for a credit (the peer has posted receives it has not used) and a slot. ``data`` must
-        not change until then. Messages arrive in the order they were sent.
+        Awaiting returns None when ``data`` may change again: up to :attr:`eager_size` bytes when it was handed to
+        the device, which delivers it unless the connection fails (:meth:`flush` says that it has arrived, and
+        :meth:`close` waits for that); a larger one when the peer's user has taken it, for it is read from here, in
+        place, when it is taken. Waits in turn for a credit (the peer has posted receives it has not used) and a
+        slot. Messages arrive in the order they were sent.
 
         Raises :class:`MessageTooLargeError` for more than the peer takes (``Config.max_message_size``),
         :class:`MisuseError` for an object that is no buffer, :class:`MemoryLimitError` when a large one cannot be
-        registered. Cancelled before it was posted: not sent; later: a small one arrives all the same, a large one
-        only if the peer has begun to read it.
+        registered. Cancelled before it was handed to the device: not sent; a large one is sent only if the peer has
+        begun to read it.
         """
+        if _get_running_loop() is self._loop and self._sends.send_now(data):
+            return self._sends.done
         parts = data if data.__class__ in (list, tuple) else None
         if parts is None:
             view: Any = bytes_view(data)
@@ -389,15 +403,29 @@ class Connection:
         operation.credit = True
         return self._sends.submit(operation)
 
+    def flush(self) -> asyncio.Future[None]:
+        """Done when the peer's device has every message whose :meth:`send` was done before.
+
+        Raises the error of the connection when it ends first. Cancelled: nothing is lost.
+        """
+        self._check_open("flush")
+        return self._sends.confirm()
+
     async def recv(self) -> bytes:
         """The next message, in the order they were sent; several receivers are served in turn.
 
         After the peer has closed in order, what had arrived is still delivered; then
         :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
         """
-        message = self._receives.take(await self._message_ready())
-        if isinstance(message, Taking):
-            return await self._large_receives.receive(message)
+        self._check_loop()
+        receives = self._receives
+        message = receives.take_next()
+        if message is None:
+            message = receives.take(await self._message())
+        while isinstance(message, Taking):
+            if not message.withdrawn:
+                return await self._large_receives.receive(message)
+            message = receives.take(await self._message())
         return message
 
     async def recv_into(self, buffer: Any) -> int:
@@ -407,14 +435,19 @@ class Connection:
         The buffer belongs to the device until then, for a moment also after a cancellation. Raises
         :class:`MisuseError` when the message does not fit; it stays the next one to be received.
         """
+        self._check_loop()
         view = bytes_view(buffer, writable=True)
-        place = await self._message_ready()
-        length = self._receives.peek(place)
+        message = await self._message()
+        length = self._receives.length(message)
         if length > view.nbytes:
-            self._receives.messages.look_again()
+            self._receives.put_back(message)
             raise MisuseError(f"recv_into: the next message has {length} bytes, the buffer {view.nbytes}")
-        taken = self._receives.take_into(place, view)
-        return await self._large_receives.receive_into(taken, view) if isinstance(taken, Taking) else taken
+        if isinstance(message, Taking):
+            return await self._large_receives.receive_into(message, view)
+        if isinstance(message, Buffer):
+            return self._receives.take_into(message, view)
+        view[:length] = message
+        return length
 
     async def recv_lease(self) -> MessageLease:
         """As :meth:`recv`, without a copy: the message in the registered memory it arrived in, lent until
@@ -424,28 +457,29 @@ class Connection:
         which is waited for in turn (:class:`MemoryLimitError` when it can never hold it; the message stays next).
         A lease outlives its connection.
         """
-        message = self._receives.take_lease(await self._message_ready())
-        if isinstance(message, MessageLease):
-            return message
+        self._check_loop()
+        message = await self._message()
+        if isinstance(message, Buffer):
+            return self._receives.lease(message)
         if isinstance(message, bytes):
             return MessageLease.of_copy(message)
         lease = await self._large_receives.receive_lease(message)
         return MessageLease(lease.address, lease.nbytes, lease, lease.release_nowait)
 
-    async def _message_ready(self) -> int:
-        """Returns the place of a message that the caller may take, and must before it awaits anything."""
-        return await self._turn(self._receives.messages, "recv")
+    async def _message(self) -> Buffer | bytes | Taking:
+        """The next message, where it lies; the caller takes it before it awaits anything."""
+        while True:
+            message: Buffer | bytes | Taking = await self._next(self._receives.messages, "recv")
+            if not isinstance(message, Taking) or not message.withdrawn:
+                return message
 
-    async def _turn(self, inbox: Inbox[Any], kind: str) -> int:
-        self._check_loop()
-        while (place := inbox.place) is None:
+    async def _next(self, inbox: Inbox[T], kind: str) -> T:
+        while (item := inbox.get()) is None:
             if self._error is not None:
                 raise self.lost_error(kind)
-            place = await inbox.wait()
-            if place < len(inbox.items):
+            if (item := await inbox.wait()) is not None:
                 break
-            # Closed on this side, or withdrawn by the peer, between the wake-up and our turn.
-        return place
+        return item
 
     # --- what the receive queue says (receive_queue.LargeArrivals) -----------------------------------
 
@@ -472,7 +506,8 @@ class Connection:
 
         The data it announces is in place. Errors and cancellation as :meth:`recv`.
         """
-        return self._receives.take_notification(await self._turn(self._receives.notifications, "notified"))
+        self._check_loop()
+        return self._receives.take_notification(await self._next(self._receives.notifications, "notified"))
 
     # --- one-sided operations ------------------------------------------------------------------------
 
@@ -610,7 +645,7 @@ class Connection:
         operation.rkey = grant.rkey
 
     def _check_loop(self) -> None:
-        if asyncio._get_running_loop() is not self._loop:
+        if _get_running_loop() is not self._loop:
             raise WrongLoopError(
                 "a connection is used in the event loop, thread and process it was made in, and only there"
             )
@@ -786,6 +821,8 @@ class Connection:
         """The one way a connection ends; only the first call counts. ``keep``: messages that have arrived can
         still be received."""
         if self._error is not None:
+            if self._lingering is not None:
+                self._lingering.cancel()  # nobody is there to wait for
             return
         self._error = error
         if self._state == "preparing":
@@ -799,36 +836,48 @@ class Connection:
 
     def _shut(self, keep: bool) -> None:
         """The rest of :meth:`_end`: fails who waits, and starts the teardown."""
-        error = self._error
         try:
             if keep:
                 self._adapter.reactor.poll_now()
-            self._qp.to_error()
         except DeviceError:
-            pass  # a dead device refuses; the queue pair is destroyed all the same
+            pass
+        if not self._lingers:
+            self._to_error()
         self._receives.stop(keep=keep)
         self._large_receives.fail_all(self.lost_error)
         self._large_sends.fail_all(self.lost_error)
         self._sends.fail_all(self.lost_error)
         self._receives.fail_all(self.lost_error)
         self._grants.fail_all(lambda: self.lost_error("remote"))
-        if self._session is not None:
-            in_order = isinstance(error, ConnectionClosedError)
-            self._session.send_close(None if in_order else error)
+        if not self._lingers:
+            self._say_goodbye()
         self._teardown_task = self._loop.create_task(self._teardown(), name=f"aiordma close {self._peer}")
+
+    def _to_error(self) -> None:
+        try:
+            self._qp.to_error()
+        except DeviceError:
+            pass  # a dead device refuses; the queue pair is destroyed all the same
+
+    def _say_goodbye(self) -> None:
+        if self._session is not None:
+            error = self._error
+            self._session.send_close(None if isinstance(error, ConnectionClosedError) else error)
 
     # --- the end -------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Closes the connection: operations in flight end with :class:`ConnectionClosedError`, the peer still
-        receives what was sent and acknowledged. Returns at once; see :meth:`wait_closed`. Idempotent."""
+        """Closes the connection: operations in flight end with :class:`ConnectionClosedError`; the peer still
+        receives every message whose :meth:`send` was done. Returns at once; see :meth:`wait_closed`, which waits for
+        that too, for ``Config.close_timeout`` at most. Idempotent."""
         if self._state == "preparing":
             raise MisuseError("the connection is not open yet")
         if self._state == "open":
             self._check_loop()
+            self._lingers = True
             self._end(self._lost(ConnectionClosedError, "closed on this side"), keep=False)
         else:
-            self._receives.messages.items.clear()
+            self._receives.messages.drain()
 
     async def wait_closed(self) -> None:
         """Waits until everything is given back: queue pair, memory, descriptors. Raises nothing of its own."""
@@ -845,9 +894,20 @@ class Connection:
 
     async def _teardown(self) -> None:
         try:
+            if self._lingers:
+                await self._linger()
             await self._drain()
         finally:
             self._destroy()
+
+    async def _linger(self) -> None:
+        """Closed in order on this side: the peer is told when it has all that was sent, or cannot get it."""
+        try:
+            self._lingering = self._sends.confirm()
+            await asyncio.wait([self._lingering], timeout=self._config.close_timeout)
+        finally:
+            self._to_error()
+            self._say_goodbye()
 
     async def _drain(self) -> None:
         """Waits until the device has handed back every work request, or the deadline has passed: a dead device
@@ -943,8 +1003,8 @@ class Connection:
             receive_credits=self._receives.ledger.window if self._receives.ledger else 0,
             receive_credits_max=self._config.receive_credits,
             receives_posted=self._receives.ring.posted,
-            messages_queued=len(self._receives.messages.items),
-            notifications_queued=len(self._receives.notifications.items),
+            messages_queued=len(self._receives.messages),
+            notifications_queued=len(self._receives.notifications),
             messages_received=self._receives.received,
             requests_posted=self._sends.sent,
             credit_frames=self._sends.credit_frames,

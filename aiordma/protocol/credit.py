@@ -46,6 +46,7 @@ Counters are plain integers here and modulo 2**32 on the wire.
 
 from __future__ import annotations
 
+from .._native._datapath import Ledger
 from ..errors import MisuseError, ProtocolError
 
 #: Receives reserved for credit frames.
@@ -54,33 +55,18 @@ CONTROL_WINDOW = 4
 #: What the proof above needs. With 2, one credit frame would also make the next one due, for ever.
 MIN_CONTROL_WINDOW = 3
 
-_WRAP = 1 << 32
 
-
-class CreditLedger:
+class CreditLedger(Ledger):
     """The books of one side of a connection. Every method is called in the order things happen there.
 
     ``peer_window`` and ``peer_control`` are the receives the peer has for us at first, ``window`` and ``control``
     those here, all counted in frames. ``peer_window_max`` is what the peer's window may grow to, by default as
     large as it is.
+
+    What moves with each frame is in native/datapath/ledger.c; here is the rest.
     """
 
-    __slots__ = (
-        "_control",
-        "asked",
-        "control_limit",
-        "control_received",
-        "control_sent",
-        "control_told",
-        "data_limit",
-        "data_received",
-        "data_released",
-        "data_sent",
-        "data_told",
-        "peer_control",
-        "peer_window_max",
-        "window",
-    )
+    __slots__ = ()
 
     def __init__(
         self,
@@ -95,9 +81,10 @@ class CreditLedger:
             raise MisuseError("every window is at least 1 frame")
         if min(control, peer_control) < MIN_CONTROL_WINDOW:
             raise MisuseError(f"a control window has at least {MIN_CONTROL_WINDOW} frames")
+        super().__init__()
         self.window = window
         self.asked = 0  # credits that we recalled and that are not answered for
-        self._control = control
+        self.control = control
         self.peer_window_max = max(peer_window, peer_window_max)
         self.peer_control = peer_control
         # What we may send, and did.
@@ -114,77 +101,22 @@ class CreditLedger:
 
     # --- sending -------------------------------------------------------------------------------------
 
-    @property
-    def data_credits(self) -> int:
-        """How many data frames may be sent now."""
-        return self.data_limit - self.data_sent
-
-    @property
-    def control_credits(self) -> int:
-        """How many credit frames may be sent now."""
-        return self.control_limit - self.control_sent
-
-    def send_data(self) -> None:
-        """Takes a data credit; the caller has seen that there is one."""
-        if self.data_sent >= self.data_limit:
-            raise MisuseError("no data credit")
-        self.data_sent += 1
-
     def send_control(self) -> None:
         """Takes a control credit; the caller has seen that there is one."""
         if self.control_sent >= self.control_limit:
             raise MisuseError("no control credit")
         self.control_sent += 1
 
-    def stamp(self) -> tuple[int, int]:
-        """The two limits for the header of the frame that goes out now, modulo 2**32."""
-        self.data_told = self.window + self.data_released
-        self.control_told = self._control + self.control_received
-        return self.data_told % _WRAP, self.control_told % _WRAP
-
     # --- receiving -----------------------------------------------------------------------------------
 
-    def receive_data(self) -> None:
-        """A data frame arrived. Raises :class:`ProtocolError` when the peer had no credit for it."""
-        self.data_received += 1
-        if self.data_received > self.data_told:
-            raise ProtocolError(f"peer sent data frame {self.data_received} with credit for {self.data_told}")
-
     def receive_control(self) -> None:
-        """A credit frame arrived, and its receive was posted again. Errors as :meth:`receive_data`."""
+        """A credit frame arrived, and its receive was posted again. Raises :class:`ProtocolError`
+        when the peer had no credit for it."""
         self.control_received += 1
         if self.control_received > self.control_told:
             raise ProtocolError(
                 f"peer sent credit frame {self.control_received} with credit for {self.control_told}"
             )
-
-    def learn(self, data: int, control: int) -> bool:
-        """Takes in the limits of a received header; True when the data limit rose.
-
-        Raises :class:`ProtocolError` for limits that the peer cannot have: they never fall, and never exceed
-        what was sent plus the peer's largest window.
-        """
-        data_rise = (data - self.data_limit) % _WRAP
-        control_rise = (control - self.control_limit) % _WRAP
-        if self.data_limit + data_rise > self.data_sent + self.peer_window_max:
-            raise ProtocolError(
-                f"peer grants {data_rise} data credits more, {self.data_credits} are left of "
-                f"{self.peer_window_max}"
-            )
-        if self.control_limit + control_rise > self.control_sent + self.peer_control:
-            raise ProtocolError(
-                f"peer grants {control_rise} control credits more, {self.control_credits} are left of "
-                f"{self.peer_control}"
-            )
-        self.data_limit += data_rise
-        self.control_limit += control_rise
-        return data_rise > 0
-
-    def release(self) -> None:
-        """The user took a message or notification, and its receive was posted again."""
-        if self.data_released >= self.data_received:
-            raise MisuseError("more released than received")
-        self.data_released += 1
 
     # --- another window ------------------------------------------------------------------------------
 
@@ -233,17 +165,3 @@ class CreditLedger:
         count = max(0, min(count, self.data_credits - reserved))
         self.data_sent += count
         return count
-
-    # --- when nothing else goes out ------------------------------------------------------------------
-
-    def update_due(self) -> bool:
-        """True when a credit frame should go out now (and may)."""
-        left = self.control_limit - self.control_sent
-        if left <= 0:
-            return False
-        owed = self.window + self.data_released - self.data_told
-        if owed > 0 and (
-            self.data_received == self.data_told or (left > 1 and owed >= (self.window + 1) // 2)
-        ):
-            return True
-        return self._control + self.control_received - self.control_told >= (self._control + 1) // 2

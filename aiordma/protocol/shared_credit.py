@@ -39,25 +39,34 @@ _LOOK_AT = 8
 class Share:
     """What one peer has of the pool.
 
-    ``mark`` is the count of messages taken (``data_released``) at which :meth:`SharedCredits.used` is due. The
-    owner sets ``ledger`` as soon as there is one; its window is the share's then.
+    The owner sets ``ledger`` as soon as there is one; its window is the share's then. Its ``mark`` is the count of
+    messages taken (``data_released``) at which :meth:`SharedCredits.used` is due.
     """
 
-    __slots__ = ("control", "ledger", "mark", "marked_at", "maximum", "minimum", "offers")
+    __slots__ = ("_ledger", "control", "marked_at", "maximum", "minimum", "offers")
 
     def __init__(self, minimum: int, maximum: int, control: int, now: float) -> None:
         self.minimum = minimum
         self.maximum = maximum
         self.control = control
         self.offers = 1
-        self.ledger: CreditLedger | None = None
-        self.mark = minimum
+        self._ledger: CreditLedger | None = None
         self.marked_at = now
+
+    @property
+    def ledger(self) -> CreditLedger | None:
+        """The books of the connection; None until its handshake is over."""
+        return self._ledger
+
+    @ledger.setter
+    def ledger(self, ledger: CreditLedger) -> None:
+        self._ledger = ledger
+        ledger.mark = self.minimum
 
     @property
     def window(self) -> int:
         """Data credits, those of messages that were not taken yet included."""
-        return self.ledger.window if self.ledger is not None else self.minimum
+        return self._ledger.window if self._ledger is not None else self.minimum
 
     @property
     def reserved(self) -> int:
@@ -154,7 +163,7 @@ class SharedCredits:
     # --- giving and taking ---------------------------------------------------------------------------
 
     def used(self, share: Share, now: float) -> list[Action]:
-        """The user has taken as many messages of the peer as :attr:`Share.mark` says."""
+        """The user has taken as many messages of the peer as the ledger's ``mark`` says."""
         assert share.ledger is not None
         busy = now - share.marked_at < BUSY_WITHIN
         self._mark(share, now)
@@ -166,7 +175,7 @@ class SharedCredits:
 
     def _mark(self, share: Share, now: float) -> None:
         assert share.ledger is not None
-        share.mark = share.ledger.data_released + share.window
+        share.ledger.mark = share.ledger.data_released + share.window
         share.marked_at = now
         if share in self._grown:
             del self._grown[share]
@@ -225,7 +234,7 @@ class SharedCredits:
     def _grow(self, share: Share, count: int) -> None:
         assert share.ledger is not None
         share.ledger.grow(count)
-        share.mark = share.ledger.data_released + share.window
+        share.ledger.mark = share.ledger.data_released + share.window
         self.reserved += count
         self._file(share)
 

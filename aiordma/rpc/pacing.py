@@ -12,13 +12,12 @@ from typing import Any
 from ..large_messages import LargeSend
 from ..protocol.rpc import Payload, message_head, window_frame
 from ..protocol.rpc_calls import ReceiveWindow, SendWindow
-from ..send_queue import Operation
 from ..transport import Connection
 from .codec import COPY_LIMIT
 
 #: A frame on its way. A large one can fail by itself, for want of memory that the device may read; a small one
 #: fails only together with its connection.
-Sent = Operation | LargeSend
+Sent = asyncio.Future[None]
 #: Payloads up to this size are joined with their head: cheaper than two parts, and sent as eager messages anyway.
 _JOIN_LIMIT = 2048
 
@@ -37,7 +36,10 @@ def send_frame(connection: Connection, head: bytes, payload: Payload = b"") -> S
         sent = connection.send(b"".join((head, payload)))
     else:
         sent = connection.send((head, payload))
-    sent.add_done_callback(retrieve)
+    if not sent.done():
+        sent.add_done_callback(retrieve)
+    else:
+        retrieve(sent)
     return sent
 
 

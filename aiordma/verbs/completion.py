@@ -99,10 +99,10 @@ class CompletionChannel(Owner):
 class CompletionQueue(Owner):
     """``struct ibv_cq``. Must have room for every work request that can complete into it at one time.
 
-    ``size`` is what the device granted, at least what was asked for.
+    ``size`` is what the device granted, at least what was asked for; ``pointer`` is the address of the ``ibv_cq``.
     """
 
-    __slots__ = ("_batch", "_bytes", "_handle", "_unacked", "_wcs", "channel", "context", "cookie", "size")
+    __slots__ = ("_batch", "_bytes", "_handle", "_unacked", "_wcs", "channel", "context", "cookie", "pointer", "size")
 
     #: Events counted before they are acknowledged together: the acknowledgement takes a mutex.
     ACK_BATCH = 64
@@ -138,6 +138,7 @@ class CompletionQueue(Owner):
             f"{size} entries",
         )
         self._handle = handle[0]
+        self.pointer = int(ffi.cast("uintptr_t", self._handle))
         self.size: int = self._handle.cqe
         self._unacked = 0
         self._batch = batch

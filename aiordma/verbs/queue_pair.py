@@ -67,7 +67,7 @@ class Path:
 class SharedReceiveQueue(Owner):
     """``struct ibv_srq``: one receive queue for many queue pairs."""
 
-    __slots__ = ("_handle", "max_wr", "pd")
+    __slots__ = ("_handle", "max_wr", "pd", "pointer")
 
     def __init__(self, pd: ProtectionDomain, max_wr: int, max_sge: int = 1) -> None:
         super().__init__(pd)
@@ -80,6 +80,7 @@ class SharedReceiveQueue(Owner):
             f"{max_wr} receives",
         )
         self._handle = handle[0]
+        self.pointer = int(ffi.cast("uintptr_t", self._handle))
         self.max_wr: int = granted[0]
         self._opened()
 
@@ -116,6 +117,7 @@ class QueuePair(Owner):
         "max_recv_wr",
         "max_send_wr",
         "pd",
+        "pointer",
         "qp_num",
         "recv_cq",
         "send_cq",
@@ -151,6 +153,7 @@ class QueuePair(Owner):
         attr.cap.max_send_sge = 1
         attr.cap.max_recv_sge = 1
         self._handle = self._create(attr, max_inline)
+        self.pointer = int(ffi.cast("uintptr_t", self._handle))
         # The device rounds up; what it granted stands in cap afterwards (ibv_create_qp(3)).
         self.max_inline: int = attr.cap.max_inline_data
         self.max_send_wr: int = attr.cap.max_send_wr

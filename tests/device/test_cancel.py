@@ -63,7 +63,8 @@ async def test_a_thousand_cancellations_at_random_points(pair: MakePair) -> None
     # What all connections share may have grown; nothing of these operations is left.
     leased, posted = shared_by_all(client, server)
     assert after.pool.leased - leased == before.pool.leased - common[0]
-    assert after.reactor.pending - posted == before.reactor.pending - common[1]
+    messages = 2  # each side has one entry at most for messages that went the short way
+    assert 0 <= (after.reactor.pending - posted) - (before.reactor.pending - common[1]) <= messages
     assert not problems
 
 

@@ -467,7 +467,7 @@ async def test_a_peer_that_breaks_the_rules_loses_its_connection_only(pair: Make
     other, both = await pair(), await pair(Config(max_message_size=MIB))
     send = asyncio.ensure_future(both.server.send(bytes(100_000)))
     await until(lambda: both.client.statistics().messages_queued == 1, both.client)
-    transfer = both.client._receives.messages.items[0].offer.transfer  # type: ignore[union-attr]
+    transfer = both.client._receives.messages.items()[0].offer.transfer  # type: ignore[union-attr]
     answers = {
         "answer to nothing": [(transfer + 1, Answer.READ)],
         "answer twice": [(transfer, Answer.READ)] * 2,
@@ -506,7 +506,7 @@ async def test_what_was_offered_cannot_be_read_afterwards(pair: MakePair) -> Non
     both = await pair()
     send = both.client.send(bytes(100_000))
     await until(lambda: both.server.statistics().messages_queued == 1, both.server)
-    offer = both.server._receives.messages.items[0].offer  # type: ignore[union-attr]
+    offer = both.server._receives.messages.items()[0].offer  # type: ignore[union-attr]
     await both.server.recv()
     await send
     both.server.peer_shared(

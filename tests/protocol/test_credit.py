@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from types import MemberDescriptorType
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from aiordma._native._datapath import Ledger
 from aiordma.errors import MisuseError, ProtocolError
 from aiordma.protocol.credit import CONTROL_WINDOW, CreditLedger
+
+#: All that a ledger knows.
+COUNTERS = [name for name, value in vars(Ledger).items() if isinstance(value, MemberDescriptorType)]
 
 # What travels: ("data" | "notify" | "control" | "return", data limit, control limit, credits given up).
 Frame = tuple[str, int, int, int]
@@ -44,7 +49,7 @@ class Side:
             led.control_credits,
             led.data_told - led.data_received,
             led.data_released + led.window - led.data_told,
-            led.control_received + led._control - led.control_told,
+            led.control_received + led.control - led.control_told,
             self.posted,
             self.inbox,
             tuple((k, d - led.data_released, c - led.control_received, n) for k, d, c, n in self.wire),
@@ -54,7 +59,7 @@ class Side:
     def clone(self) -> Side:
         other = Side.__new__(Side)
         other.ledger = CreditLedger.__new__(CreditLedger)
-        for name in CreditLedger.__slots__:
+        for name in COUNTERS:
             setattr(other.ledger, name, getattr(self.ledger, name))
         other.posted, other.inbox, other.wire = self.posted, self.inbox, deque(self.wire)
         other.most, other.recalls, other.wish = self.most, deque(self.recalls), self.wish
@@ -280,7 +285,7 @@ class CreditMachine(RuleBasedStateMachine):
             return
         for me, peer in (self.sides, self.sides[::-1]):
             assert len(me.wire) <= peer.posted
-            assert peer.posted + peer.inbox == peer.ledger.window + peer.ledger._control
+            assert peer.posted + peer.inbox == peer.ledger.window + peer.ledger.control
             assert 1 <= peer.ledger.window <= peer.most
 
     @invariant()

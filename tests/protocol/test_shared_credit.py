@@ -112,7 +112,7 @@ class Peer:
         self.inbox -= 1
         self.pool.posted += 1
         self.ledger.release()
-        if self.ledger.data_released >= self.share.mark:
+        if self.ledger.data_released >= self.ledger.mark:
             self.pool.act(self.pool.books.used(self.share, self.pool.now))
         self.update()
 

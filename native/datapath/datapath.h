@@ -1,0 +1,186 @@
+/* aiordma._native._datapath: what happens once for every small message, written by hand against Python's C API.
+ *
+ * A message of a few bytes used to cost some fifty Python calls on its way through windows, tables and queues. Here
+ * is that one way, and nothing else: whatever is rare (large messages, control frames, errors, the end) is called
+ * back into the Python classes that derive from these types, and there is no second copy of the logic on either side.
+ *
+ * ledger.c   Ledger    the counters of protocol/credit.py that move with each frame
+ * inbox.c    Inbox     items in order of arrival, and who waits for them
+ * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
+ * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
+ * send.c     Sender, Group: small messages, inline, several to a doorbell, few of them signaled
+ *
+ * Everything runs with the GIL held, which is the only lock; it is released while spinning. Objects of one
+ * connection or reactor are used from one thread (their event loop's). Verbs objects are given as addresses by who
+ * keeps them alive. Posting calls nothing back; completions may call anything, so no pointer into a growing array
+ * is kept across one. */
+#ifndef AIORDMA_DATAPATH_H
+#define AIORDMA_DATAPATH_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <infiniband/verbs.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "glue.h"
+
+/* A frame's header (protocol/frames.py), and the kind that is a user's message. */
+#define HEADER_SIZE 16
+#define FRAME_MESSAGE 1
+
+/* A queue of references, oldest first; a ring that doubles when it is full. All zero is an empty one. */
+struct objects {
+    PyObject **at;
+    Py_ssize_t size, head, count; /* size is a power of two, or 0 */
+};
+
+int objects_append(struct objects *queue, PyObject *object);  /* takes a new reference; -1 and MemoryError */
+int objects_prepend(struct objects *queue, PyObject *object); /* likewise, at the head */
+PyObject *objects_pop(struct objects *queue);                 /* the oldest, with its reference; NULL: empty */
+bool objects_remove(struct objects *queue, PyObject *object); /* the first that is this very object; false: none */
+int objects_visit(struct objects *queue, visitproc visit, void *arg);
+void objects_clear(struct objects *queue);
+
+typedef struct {
+    PyObject_HEAD
+    long long window, asked, control, peer_control, peer_window_max;
+    long long data_limit, data_sent, control_limit, control_sent;
+    long long data_received, data_released, control_received, data_told, control_told;
+    long long mark; /* `used` of a Receiver is called when so many were released */
+} Ledger;
+
+int ledger_send_data(Ledger *ledger);                                   /* -1 and MisuseError */
+void ledger_stamp(Ledger *ledger, uint32_t *data, uint32_t *control);
+int ledger_receive_data(Ledger *ledger);                                /* -1 and ProtocolError */
+int ledger_learn(Ledger *ledger, uint32_t data, uint32_t control);      /* 1: more for data; -1 and ProtocolError */
+int ledger_release(Ledger *ledger);                                     /* -1 and MisuseError */
+bool ledger_update_due(const Ledger *ledger);
+
+typedef struct {
+    PyObject_HEAD
+    struct objects items, waiters;
+} Inbox;
+
+/* 1: a waiter has the item now; 0: it lies in the inbox; -1 and an exception. */
+int inbox_put(Inbox *inbox, PyObject *item, bool front);
+
+typedef struct Sender Sender;
+
+struct pending {
+    PyObject *entry; /* NULL: free */
+    uint32_t generation;
+};
+
+typedef struct {
+    PyObject_HEAD
+    struct pending *slots;
+    uint32_t *free; /* a stack of free slots */
+    uint32_t size, used, free_count;
+    Sender *dirty;         /* senders with frames that were not posted yet; borrowed, they leave before they die */
+    PyObject *schedule;    /* called once a turn of the loop: it makes the loop call turned() in the next */
+    PyObject *on_error;    /* called with an exception out of a completion */
+    unsigned long long turn;
+    char turn_marked;
+    char dispatching;
+    long long completions, stale, polls, empty_polls;
+} Table;
+
+int table_add(Table *table, PyObject *entry, uint64_t *wr_id); /* -1 and MemoryError */
+bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
+int table_mark_turn(Table *table);                              /* -1 and an exception */
+void table_unraisable(Table *table); /* the exception that is set goes to on_error */
+
+typedef struct Receiver Receiver;
+
+typedef struct {
+    PyObject_HEAD
+    Table *table;
+    struct ibv_qp *qp; /* exactly one of the two */
+    struct ibv_srq *srq;
+    PyObject *users;   /* dict: queue-pair number to Receiver */
+    Receiver *last;    /* the user found last, and its number; borrowed from `users` */
+    uint32_t last_qp_num;
+    uint32_t size; /* bytes of a buffer */
+    PyObject *buffers; /* list of Buffer */
+    Py_ssize_t posted;
+    char closed;
+} Ring;
+
+typedef struct {
+    PyObject_HEAD
+    Ring *ring;
+    PyObject *owner; /* keeps the memory */
+    PyObject *copy;  /* of the message, when the memory is gone */
+    uint64_t address, wr_id;
+    uint32_t lkey, length; /* of the message, without its header */
+    Py_ssize_t index;
+    char posted;
+    char handed; /* somebody was woken for it and has not taken it */
+} Buffer;
+
+struct Receiver {
+    PyObject_HEAD
+    Ledger *ledger; /* NULL until the handshake is over */
+    Sender *sender;
+    Inbox *messages;
+    Py_ssize_t handed;
+    long long received;
+    char closed;
+};
+
+typedef struct {
+    PyObject_HEAD
+    Sender *sender; /* borrowed; NULL when it is gone */
+    uint64_t wr_id;
+    int count; /* messages posted with it */
+    char entered;
+} Group;
+
+/* Messages in a group: the last one is signaled. And groups of a sender: so many times as many are in flight. */
+#define GROUP 16
+#define GROUPS 4
+#define FRAMES 32 /* that wait for the end of a turn */
+
+struct Sender {
+    PyObject_HEAD
+    Table *table;
+    Ledger *ledger;
+    struct ibv_qp *qp;
+    PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
+    Group *groups[GROUPS];
+    unsigned int group;     /* the one that is filled now */
+    unsigned int in_flight; /* messages queued here or in a group that has not completed */
+    unsigned int queued;
+    size_t stride;
+    unsigned char *frames; /* FRAMES of `stride` bytes */
+    uint32_t lengths[FRAMES];
+    unsigned long long turn; /* when something was sent last */
+    Sender *next;            /* among the dirty ones */
+    long long reserved, wanted_back, sent, handed;
+    char dirty, open;
+};
+
+int sender_flush(Sender *sender);  /* -1 and an exception of a callback */
+int sender_pump(Sender *sender);   /* somebody may go on; -1 and an exception */
+int sender_control(Sender *sender); /* credits are due; -1 and an exception */
+
+/* What table.c hands completions to without Python in between. -1 and an exception. */
+int buffer_completed(Buffer *buffer, const struct glue_wc *wc);
+int group_completed(Group *group, const struct glue_wc *wc);
+
+/* module.c */
+extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
+    *sender_type;
+extern PyObject *protocol_error, *misuse_error;
+extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
+int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
+int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
+extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used;
+
+extern PyType_Spec ledger_spec, inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec;
+
+#endif

@@ -1,0 +1,106 @@
+/* aiordma._native._datapath: the module itself, and what its files share. */
+#include "datapath.h"
+
+PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
+    *sender_type;
+PyObject *protocol_error, *misuse_error, *device_error;
+PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used;
+
+int call_none(PyObject *object, PyObject *name)
+{
+    PyObject *result = PyObject_CallMethodObjArgs(object, name, NULL);
+
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+int assign_ledger(Ledger **field, PyObject *value)
+{
+    PyObject *old = (PyObject *)*field;
+
+    if (!value || !PyObject_TypeCheck(value, ledger_type)) {
+        PyErr_SetString(PyExc_TypeError, "ledger: a Ledger");
+        return -1;
+    }
+    *field = (Ledger *)Py_NewRef(value);
+    Py_XDECREF(old);
+    return 0;
+}
+
+static const struct {
+    const char *name;
+    PyType_Spec *spec;
+    PyTypeObject **type;
+} types[] = {
+    {"Ledger", &ledger_spec, &ledger_type},       {"Inbox", &inbox_spec, &inbox_type},
+    {"Table", &table_spec, &table_type},          {"Ring", &ring_spec, &ring_type},
+    {"Buffer", &buffer_spec, &buffer_type},       {"Receiver", &receiver_spec, &receiver_type},
+    {"Group", &group_spec, &group_type},          {"Sender", &sender_spec, &sender_type},
+};
+
+static const struct {
+    const char *text;
+    PyObject **name;
+} names[] = {
+    {"done", &name_done},
+    {"set_result", &name_set_result},
+    {"pump", &name_pump},
+    {"send_control", &name_send_control},
+    {"used", &name_used},
+};
+
+static int import_errors(void)
+{
+    PyObject *errors = PyImport_ImportModule("aiordma.errors");
+    int rc = -1;
+
+    if (!errors)
+        return -1;
+    protocol_error = PyObject_GetAttrString(errors, "ProtocolError");
+    misuse_error = PyObject_GetAttrString(errors, "MisuseError");
+    device_error = PyObject_GetAttrString(errors, "call_failed");
+    if (protocol_error && misuse_error && device_error)
+        rc = 0;
+    Py_DECREF(errors);
+    return rc;
+}
+
+static int module_exec(PyObject *module)
+{
+    if (ledger_type) {
+        PyErr_SetString(PyExc_ImportError, "_datapath cannot be loaded twice in one process");
+        return -1;
+    }
+    if (import_errors())
+        return -1;
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+        if (!(*names[i].name = PyUnicode_InternFromString(names[i].text)))
+            return -1;
+    for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+        PyObject *type = PyType_FromSpec(types[i].spec);
+
+        if (!type)
+            return -1;
+        *types[i].type = (PyTypeObject *)type;
+        if (PyModule_AddObjectRef(module, types[i].name, type))
+            return -1;
+    }
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_datapath",
+    .m_doc = "What happens once for every small message.",
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__datapath(void)
+{
+    return PyModuleDef_Init(&module_def);
+}

@@ -1,0 +1,315 @@
+/* The pending table: who gets a completion.
+ *
+ * A work-request id is slot number plus generation, so a completion that comes too late for its slot is seen and
+ * dropped. An entry is an object of Python with a method `completed`, or one of this module's, which are called
+ * without one. The entry owns the memory of its request until the completion (or flush) arrives. */
+#include "datapath.h"
+
+#include <errno.h>
+
+#define BATCH 64 /* completions of one poll: 2.5 KiB of stack */
+
+static int table_grow(Table *table)
+{
+    uint32_t size = table->size ? 2 * table->size : 64;
+    struct pending *slots = PyMem_Realloc(table->slots, size * sizeof(*slots));
+    uint32_t *stack;
+
+    if (!slots) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    table->slots = slots;
+    stack = PyMem_Realloc(table->free, size * sizeof(*stack));
+    if (!stack) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    table->free = stack;
+    table->size = size;
+    return 0;
+}
+
+int table_add(Table *table, PyObject *entry, uint64_t *wr_id)
+{
+    uint32_t slot;
+
+    if (table->free_count) {
+        slot = table->free[--table->free_count];
+    } else {
+        if (table->used == table->size && table_grow(table))
+            return -1;
+        slot = table->used++;
+        table->slots[slot].generation = 0;
+    }
+    table->slots[slot].entry = Py_NewRef(entry);
+    *wr_id = (uint64_t)table->slots[slot].generation << 32 | slot;
+    return 0;
+}
+
+/* The entry leaves its slot; its reference is the caller's. */
+static PyObject *vacate(Table *table, uint32_t slot)
+{
+    PyObject *entry = table->slots[slot].entry;
+
+    table->slots[slot].entry = NULL;
+    table->slots[slot].generation++;
+    table->free[table->free_count++] = slot;
+    return entry;
+}
+
+/* The entry of an id, or NULL when it is not there (any more). */
+static PyObject *find(const Table *table, uint64_t wr_id)
+{
+    uint32_t slot = (uint32_t)wr_id;
+
+    if (slot >= table->used || table->slots[slot].generation != (uint32_t)(wr_id >> 32))
+        return NULL;
+    return table->slots[slot].entry;
+}
+
+bool table_remove(Table *table, uint64_t wr_id, PyObject *entry)
+{
+    if (find(table, wr_id) != entry)
+        return false;
+    Py_DECREF(vacate(table, (uint32_t)wr_id));
+    return true;
+}
+
+int table_mark_turn(Table *table)
+{
+    PyObject *result;
+
+    if (table->turn_marked)
+        return 0;
+    result = PyObject_CallFunctionObjArgs(table->schedule, NULL);
+    if (!result)
+        return -1;
+    Py_DECREF(result);
+    table->turn_marked = 1;
+    return 0;
+}
+
+void table_unraisable(Table *table)
+{
+    PyObject *type, *value, *traceback, *result;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback && value)
+        PyException_SetTraceback(value, traceback);
+    result = PyObject_CallFunctionObjArgs(table->on_error, value ? value : Py_None, NULL);
+    if (!result)
+        PyErr_WriteUnraisable(table->on_error);
+    Py_XDECREF(result);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+/* What was sent since the first message of this turn goes to the device, and a poll finds what that brings. */
+static void flush_all(Table *table)
+{
+    Sender *sender;
+
+    while ((sender = table->dirty)) {
+        Py_INCREF((PyObject *)sender);
+        if (sender_flush(sender))
+            table_unraisable(table);
+        Py_DECREF((PyObject *)sender);
+    }
+}
+
+static int call_completed(PyObject *entry, const struct glue_wc *wc)
+{
+    PyObject *result = PyObject_CallMethod(entry, "completed", "IIIIII", wc->status, wc->opcode, wc->byte_len,
+                                           wc->imm, wc->vendor_err, wc->qp_num);
+
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static void dispatch(Table *table, const struct glue_wc *wc)
+{
+    PyObject *entry = find(table, wc->wr_id);
+    int rc;
+
+    if (!entry) {
+        table->stale++; /* its queue pair was destroyed before this was polled */
+        return;
+    }
+    entry = vacate(table, (uint32_t)wc->wr_id);
+    if (Py_TYPE(entry) == buffer_type)
+        rc = buffer_completed((Buffer *)entry, wc);
+    else if (Py_TYPE(entry) == group_type)
+        rc = group_completed((Group *)entry, wc);
+    else
+        rc = call_completed(entry, wc);
+    Py_DECREF(entry);
+    if (rc)
+        table_unraisable(table);
+}
+
+static PyObject *poll_queue(PyObject *self, PyObject *args)
+{
+    Table *table = (Table *)self;
+    struct glue_wc wcs[BATCH];
+    unsigned long long cq, spin_ns = 0;
+    int got;
+
+    if (!PyArg_ParseTuple(args, "K|K", &cq, &spin_ns))
+        return NULL;
+    flush_all(table);
+    if (spin_ns) {
+        Py_BEGIN_ALLOW_THREADS
+        got = glue_poll_spin((struct ibv_cq *)(uintptr_t)cq, wcs, BATCH, spin_ns);
+        Py_END_ALLOW_THREADS
+    } else {
+        got = glue_poll((struct ibv_cq *)(uintptr_t)cq, wcs, BATCH);
+    }
+    table->polls++;
+    if (got <= 0) {
+        table->empty_polls++;
+        return PyLong_FromLong(got);
+    }
+    table->dispatching = 1;
+    for (int i = 0; i < got; i++)
+        dispatch(table, &wcs[i]);
+    table->dispatching = 0;
+    table->completions += got;
+    return PyLong_FromLong(got);
+}
+
+static PyObject *add(PyObject *self, PyObject *entry)
+{
+    uint64_t wr_id;
+
+    if (table_add((Table *)self, entry, &wr_id))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(wr_id);
+}
+
+static PyObject *remove_entry(PyObject *self, PyObject *args)
+{
+    unsigned long long wr_id;
+    PyObject *entry;
+
+    if (!PyArg_ParseTuple(args, "KO", &wr_id, &entry))
+        return NULL;
+    return PyBool_FromLong(table_remove((Table *)self, wr_id, entry));
+}
+
+static PyObject *mark_turn(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (table_mark_turn((Table *)self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *turned(PyObject *self, PyObject *unused)
+{
+    Table *table = (Table *)self;
+
+    (void)unused;
+    table->turn++;
+    table->turn_marked = 0;
+    flush_all(table);
+    Py_RETURN_NONE;
+}
+
+static Py_ssize_t table_length(PyObject *self)
+{
+    return (Py_ssize_t)((Table *)self)->used - (Py_ssize_t)((Table *)self)->free_count;
+}
+
+static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"schedule", "on_error", NULL};
+    Table *table = (Table *)self;
+    PyObject *schedule, *on_error;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &schedule, &on_error))
+        return -1;
+    if (table->schedule) {
+        PyErr_SetString(PyExc_ValueError, "a table is made once");
+        return -1;
+    }
+    table->schedule = Py_NewRef(schedule);
+    table->on_error = Py_NewRef(on_error);
+    table->turn = 1; /* senders start at 0: their first message is the first of its turn */
+    return 0;
+}
+
+static int table_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Table *table = (Table *)self;
+
+    for (uint32_t i = 0; i < table->used; i++)
+        Py_VISIT(table->slots[i].entry);
+    Py_VISIT(table->schedule);
+    Py_VISIT(table->on_error);
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    return 0;
+}
+
+static int table_clear(PyObject *self)
+{
+    Table *table = (Table *)self;
+
+    for (uint32_t i = 0; i < table->used; i++)
+        Py_CLEAR(table->slots[i].entry);
+    Py_CLEAR(table->schedule);
+    Py_CLEAR(table->on_error);
+    return 0;
+}
+
+static void table_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
+
+    PyObject_GC_UnTrack(self);
+    table_clear(self);
+    PyMem_Free(((Table *)self)->slots);
+    PyMem_Free(((Table *)self)->free);
+    free_object(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyMethodDef table_methods[] = {
+    {"add", add, METH_O, "Puts an entry in a slot; returns the work-request id to post with."},
+    {"remove", remove_entry, METH_VARARGS,
+     "remove(wr_id, entry): takes out an entry whose completion will not come; False when it is not there."},
+    {"poll", poll_queue, METH_VARARGS,
+     "poll(cq, spin_ns=0): posts what waits for that, polls the queue at this address, spinning so long for the\n"
+     "first completion without the GIL, and hands out what is there. Returns how many, or a negative errno."},
+    {"mark_turn", mark_turn, METH_NOARGS, "Makes the loop call turned() in its next turn, once."},
+    {"turned", turned, METH_NOARGS, "A turn of the loop is over: posts what was gathered in it."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef table_members[] = {
+    {"dispatching", T_BOOL, offsetof(Table, dispatching), READONLY, "Completions that were polled are handed out."},
+    {"turn_marked", T_BOOL, offsetof(Table, turn_marked), READONLY, "turned() will be called."},
+    {"completions", T_LONGLONG, offsetof(Table, completions), READONLY, NULL},
+    {"stale", T_LONGLONG, offsetof(Table, stale), READONLY, NULL},
+    {"polls", T_LONGLONG, offsetof(Table, polls), READONLY, NULL},
+    {"empty_polls", T_LONGLONG, offsetof(Table, empty_polls), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot table_slots[] = {
+    {Py_tp_init, table_init},         {Py_tp_dealloc, table_dealloc}, {Py_tp_traverse, table_traverse},
+    {Py_tp_clear, table_clear},       {Py_tp_methods, table_methods}, {Py_tp_members, table_members},
+    {Py_sq_length, table_length},
+    {Py_tp_doc, "Table(schedule, on_error): posted work requests, and who gets their completions."},
+    {0, NULL},
+};
+
+PyType_Spec table_spec = {
+    .name = "aiordma._native._datapath.Table",
+    .basicsize = sizeof(Table),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = table_slots,
+};
