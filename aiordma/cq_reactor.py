@@ -20,13 +20,12 @@ Three modes, the strongest of those attached:
 - busy: polls on every turn of the loop. The loop never sleeps, which costs a core.
 - adaptive: sleeps like event, but polls while that pays. First inside the awaiting call (`spin`): in C,
   without the GIL, for a bounded time, so that a fast completion needs no turn of the loop. Then on turns of the
-  loop. Then it arms. How long, and whether at all, follows from measured completion times: SpinGovernor.
+  loop. Then it arms. How long, and whether at all, follows from measured completion times: Governor.
 
 In every mode, awaiting an operation polls once before it goes to the loop: an operation may well have completed
 by then, and one poll costs less than a turn.
 
-Other tasks are not starved: inline spins share a budget per turn of the loop, only so many awaits in a row
-complete without a turn, and an await that finds the loop with other work ready goes through the loop.
+The spinning itself, what it learns, and how others are kept from starving, is in native/datapath/spin.c.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ._native._datapath import Table
+from ._native._datapath import Governor, Table
 from .config import Mode
 from .errors import DeviceError, DeviceGoneError, MisuseError, call_failed
 from .verbs import AsyncEvent, CompletionChannel, CompletionQueue, Context, EventType
@@ -48,10 +47,6 @@ now_ns = time.perf_counter_ns
 POLL_BATCH = 64
 #: Completions handled in one turn before other callbacks of the loop get theirs.
 _TURN_LIMIT = 256
-#: Inline spinning and polling without a turn of the loop in between, altogether, in nanoseconds.
-_TURN_BUDGET_NS = 500_000
-#: Awaits that may complete without a turn of the loop in between.
-_TURN_AWAITS = 16
 #: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the
 #: largest so far: few queues to poll, however many connections.
 _CQ_ENTRIES = 4096
@@ -64,12 +59,6 @@ class Pending(Protocol):
         self, status: int, opcode: int, byte_len: int, imm: int, vendor_err: int, qp_num: int
     ) -> None:
         """The completion arrived; the slot is free again. Must not raise."""
-
-
-class Waitable(Protocol):
-    """What an inline spin waits for."""
-
-    def done(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,50 +83,8 @@ class ReactorStatistics:
     learned_completion_us: float
 
 
-class SpinGovernor:
-    """Decides how long an adaptive await may spin, from what earlier ones found.
-
-    Keeps a moving average of the time completions take. Spinning inline is worth it up to ``cap_ns``: when
-    operations usually take longer, it is tried only once in PROBE times, to notice when that changes. Across
-    turns of the loop the limit is four times the average, under its own cap. A run of misses stops both.
-    """
-
-    PROBE = 64
-    __slots__ = ("_attempts", "_cap_ns", "_turn_cap_ns", "average_ns", "hit_rate")
-
-    def __init__(self, cap_ns: int, turn_cap_ns: int) -> None:
-        self._cap_ns = cap_ns
-        self._turn_cap_ns = turn_cap_ns
-        self.average_ns = cap_ns // 4
-        self.hit_rate = 1.0
-        self._attempts = 0
-
-    def learn(self, elapsed_ns: int) -> None:
-        """An operation took this long from posting to completion (as seen here)."""
-        # An outlier (a retransmission, a descheduled process) should not end spinning for long.
-        elapsed_ns = min(elapsed_ns, 8 * max(self._turn_cap_ns, self._cap_ns))
-        self.average_ns += (elapsed_ns - self.average_ns) // 8
-
-    def hit(self, found: bool) -> None:
-        """An inline spin found its completion, or not."""
-        self.hit_rate += ((1.0 if found else 0.0) - self.hit_rate) / 16
-
-    def inline_ns(self) -> int:
-        """How long the next inline spin may last; 0 for not at all."""
-        if self.average_ns <= self._cap_ns and self.hit_rate > 0.25:
-            return min(self._cap_ns, 2 * self.average_ns + 1000)
-        self._attempts += 1
-        return self._cap_ns if self._attempts % self.PROBE == 0 else 0
-
-    def turns_ns(self) -> int:
-        """How long after the last completion polling on turns of the loop may go on."""
-        if self.average_ns > self._turn_cap_ns:
-            return 0
-        return min(self._turn_cap_ns, 4 * self.average_ns)
-
-
-class CqReactor:
-    """Completions and asynchronous events of one opened device, in one event loop.
+class CqReactor(Table):
+    """Completions and asynchronous events of one opened device, in one event loop. It is the pending table, too.
 
     Made inside the loop. ``close()`` removes the readers and closes queues and channel; whoever attached must
     have detached before.
@@ -147,7 +94,8 @@ class CqReactor:
         self, context: Context, *, inline_spin_us: float = 50.0, turn_spin_us: float = 200.0
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._ready: Any = getattr(self._loop, "_ready", None)  # asyncio's run queue; uvloop hides its own
+        ready: Any = getattr(self._loop, "_ready", None)  # asyncio's run queue; uvloop hides its own
+        super().__init__(self._mark_turn, self._report, ready, int(inline_spin_us * 1000))
         self._context = context
         self._channel = CompletionChannel(context)
         self._queues: list[CompletionQueue] = []
@@ -155,22 +103,12 @@ class CqReactor:
         self._armed: set[CompletionQueue] = set()
         self._users: dict[Mode, int] = {"event": 0, "adaptive": 0, "busy": 0}
         self.mode: Mode = "event"
-        self.table = Table(self._mark_turn, self._report)
-        self._waiting = 0  # operations of our own (not posted receives) in the table
         self._listeners: dict[int, Callable[[AsyncEvent], None]] = {}
-        self.governor = SpinGovernor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
-        self.arrivals = SpinGovernor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
-        self._inline_cap_ns = int(inline_spin_us * 1000)
-        self._polling = False
-        self._last_hit_ns = 0
-        self._turn_spent_ns = 0
+        self.governor = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
+        self.arrivals = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
         self._gone = False
-        self._stays = 0
-        self._spinning = False
-        self.closed = False
         self._started_ns = now_ns()
         self._events = self._wakeups = self._arms = self._turns = 0
-        self._inline_polls = self._inline_hits = self._spin_ns = 0
         self._loop.add_reader(self._channel.fd, self._on_channel)
         self._loop.add_reader(context.async_fd, self._on_async_events)
 
@@ -202,6 +140,7 @@ class CqReactor:
     def _set_mode(self) -> None:
         users = self._users
         self.mode = "busy" if users["busy"] else "adaptive" if users["adaptive"] else "event"
+        self.adaptive = self.mode == "adaptive"
         if self.mode == "busy":
             self._start_polling()
 
@@ -218,47 +157,26 @@ class CqReactor:
         self._arm(queue)
         return queue
 
-    # --- the pending table ---------------------------------------------------------------------------
-
-    def add(self, entry: Pending) -> int:
-        """Puts ``entry`` in a slot; returns the work-request id to post with."""
-        return self.table.add(entry)
-
-    def remove(self, wr_id: int, entry: Pending) -> bool:
-        """Takes ``entry`` out, whose completion will not come: it was not posted, or its queue pair is gone.
-
-        False when it is not there (any more).
-        """
-        return self.table.remove(wr_id, entry)
+    # --- polling -------------------------------------------------------------------------------------
 
     def posted(self) -> None:
         """An operation somebody will wait for was posted: polling may pay."""
-        self._waiting += 1
-        if self._waiting > 1 and self.mode == "adaptive":
-            self._keep_polling()  # a single one is polled for by its await
+        self.waiting += 1
+        if self.waiting > 1 and self.adaptive and not self.polling:
+            self.keep_polling()  # a single one is polled for by its await
 
     def finished(self) -> None:
         """An operation counted by :meth:`posted` is out of the table."""
-        self._waiting -= 1
+        self.waiting -= 1
 
     def _report(self, error: BaseException) -> None:
         self._loop.call_exception_handler(
             {"message": "completion handler failed (please report this)", "exception": error}
         )
 
-    @property
-    def dispatching(self) -> bool:
-        """True while completions that were polled are being handed out."""
-        return self.table.dispatching
-
-    def _dispatch(self, queue: CompletionQueue, spin_ns: int = 0) -> int:
-        """Polls once and hands out what is there; returns how many completions there were."""
-        count = self.table.poll(queue.pointer, spin_ns)
-        if count > 0:
-            self._last_hit_ns = now_ns()
-        elif count < 0:
-            raise call_failed(-count, "ibv_poll_cq")
-        return count
+    def failed(self, number: int) -> None:
+        """A queue cannot be polled any more."""
+        self._device_gone(call_failed(number, "ibv_poll_cq"))
 
     def poll_now(self) -> int:
         """Hands out everything that has completed by now, on every queue; returns how many.
@@ -267,7 +185,7 @@ class CqReactor:
         """
         total = 0
         for queue in self._queues:
-            while count := self._dispatch(queue):
+            while count := self.poll(queue.pointer):
                 total += count
                 if count < POLL_BATCH:
                     break
@@ -288,7 +206,7 @@ class CqReactor:
             for queue in self._channel.get_events():
                 self._events += 1
                 self._armed.discard(queue)
-            if not self._polling:
+            if not self.polling:
                 self._drain_and_arm()
         except DeviceError as error:
             self._device_gone(error)
@@ -297,11 +215,11 @@ class CqReactor:
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
         budget = _TURN_LIMIT
         for queue in self._queues:
-            while (count := self._dispatch(queue)) or queue not in self._armed:
+            while (count := self.poll(queue.pointer)) or queue not in self._armed:
                 budget -= count
                 if count == 0:
                     self._arm(queue)
-                    if not (count := self._dispatch(queue)):
+                    if not (count := self.poll(queue.pointer)):
                         break
                     budget -= count
                 if budget <= 0:
@@ -312,7 +230,7 @@ class CqReactor:
             self._start_polling()
 
     def _resume(self) -> None:
-        if not self.closed and not self._polling:
+        if not self.closed and not self.polling:
             try:
                 self._drain_and_arm()
             except DeviceError as error:
@@ -320,26 +238,26 @@ class CqReactor:
 
     # --- polling on turns of the loop ----------------------------------------------------------------
 
-    def _keep_polling(self) -> None:
+    def keep_polling(self) -> None:
         """Adaptive: polls on turns of the loop from now on, while that is likely to find something."""
-        if not self._polling and self.governor.turns_ns():
-            self._last_hit_ns = now_ns()
+        if not self.polling and self.governor.turns_ns():
+            self.last_hit_ns = now_ns()
             self._start_polling()
 
     def _start_polling(self) -> None:
-        if not self._polling and not self.closed:
-            self._polling = True
+        if not self.polling and not self.closed:
+            self.polling = True
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         """One turn of the loop in busy or adaptive mode."""
         if self.closed:
-            self._polling = False
+            self.polling = False
             return
         try:
             self._poll_turn()
         except DeviceError as error:
-            self._polling = False
+            self.polling = False
             self._device_gone(error)
 
     def _poll_turn(self) -> None:
@@ -347,90 +265,27 @@ class CqReactor:
         before = now_ns()
         budget = _TURN_LIMIT
         for queue in self._queues:
-            while budget > 0 and (count := self._dispatch(queue)):
+            while budget > 0 and (count := self.poll(queue.pointer)):
                 budget -= count
                 if count < POLL_BATCH:
                     break
         if budget <= 0:
             self._queues.append(self._queues.pop(0))  # the next in line starts
         now = now_ns()
-        self._spin_ns += now - before
+        self.spin_ns += now - before
         if self.mode == "busy" or (
-            self.mode == "adaptive" and now - self._last_hit_ns < self.governor.turns_ns()
+            self.mode == "adaptive" and now - self.last_hit_ns < self.governor.turns_ns()
         ):
             self._loop.call_soon(self._turn)
             return
-        self._polling = False
+        self.polling = False
         self._drain_and_arm()
 
-    # --- spinning inside the awaiting call -----------------------------------------------------------
-
-    def spin(
-        self,
-        waitable: Waitable,
-        queue: CompletionQueue,
-        governor: SpinGovernor | None,
-        *,
-        once: bool = False,
-    ) -> None:
-        """Polls ``queue`` inside an await: once, and then until ``waitable`` is done or the time is up.
-
-        The first poll costs less than the turn of the loop it may save, so it is made in every mode. After it,
-        ``governor`` sets the time and learns from the outcome (adaptive), None is the cap (busy), ``once`` ends
-        there (event). Not reentrant: an await inside a completion callback does not poll.
-        """
-        if self._spinning or self.table.dispatching or self.closed or not self._may_stay():
-            return
-        self._spinning = True
-        try:
-            self._dispatch(queue)
-            if not waitable.done() and not once:
-                self._spin_on(waitable, queue, governor)
-        except DeviceError as error:
-            self._device_gone(error)
-        finally:
-            self._spinning = False
-        self._inline_polls += 1
-        self._inline_hits += waitable.done()
-        if governor is not None and not waitable.done() and self.mode == "adaptive":
-            self._keep_polling()
-
-    def _spin_on(self, waitable: Waitable, queue: CompletionQueue, governor: SpinGovernor | None) -> None:
-        """The part of :meth:`spin` that takes time."""
-        budget = self._inline_cap_ns
-        if governor is not None:
-            # With several operations under way, the loop resolves them in batches: cheaper than one by one.
-            budget = governor.inline_ns() if self._waiting <= 1 else 0
-        if not budget or self._turn_spent_ns >= _TURN_BUDGET_NS:
-            return
-        start = now = now_ns()
-        while not waitable.done() and now - start < budget:
-            self._dispatch(queue, budget - (now - start))
-            now = now_ns()
-        if governor is not None:
-            governor.hit(waitable.done())
-        self._turn_spent_ns += now - start
-        self._spin_ns += now - start
-
-    def _may_stay(self) -> bool:
-        """True when this await may complete without a turn of the loop: not when others are waiting for one, and
-        only so many times in a row. (Whether others wait is known for asyncio's loop only.)"""
-        self.table.mark_turn()
-        self._stays += 1
-        return self._stays <= _TURN_AWAITS and not self._others_ready()
-
-    def _others_ready(self) -> bool:
-        """True when the loop has other callbacks to run than our own (known for asyncio's loop only)."""
-        return self._ready is not None and len(self._ready) > self._polling + self.table.turn_marked
+    # --- turns of the loop ---------------------------------------------------------------------------
 
     def _mark_turn(self) -> None:
         """Called by the table, once a turn of the loop, when something happens in it that ends with it."""
-        self._loop.call_soon(self._renew_turn)
-
-    def _renew_turn(self) -> None:
-        self._stays = 0
-        self._turn_spent_ns = 0
-        self.table.turned()
+        self._loop.call_soon(self.turned)
 
     # --- asynchronous events -------------------------------------------------------------------------
 
@@ -485,19 +340,19 @@ class CqReactor:
         return ReactorStatistics(
             mode=self.mode,
             users=sum(self._users.values()),
-            pending=len(self.table),
-            completions=self.table.completions,
-            stale_completions=self.table.stale,
-            polls=self.table.polls,
-            empty_polls=self.table.empty_polls,
+            pending=len(self),
+            completions=self.completions,
+            stale_completions=self.stale,
+            polls=self.polls,
+            empty_polls=self.empty_polls,
             events=self._events,
             wakeups=self._wakeups,
             arms=self._arms,
             turns=self._turns,
-            inline_polls=self._inline_polls,
-            inline_hits=self._inline_hits,
-            spin_seconds=self._spin_ns / 1e9,
-            spin_share=self._spin_ns / elapsed,
+            inline_polls=self.inline_polls,
+            inline_hits=self.inline_hits,
+            spin_seconds=self.spin_ns / 1e9,
+            spin_share=self.spin_ns / elapsed,
             learned_completion_us=self.governor.average_ns / 1000,
         )
 

@@ -348,7 +348,7 @@ class LargeReceives:
         self._waiting: deque[LargeReceive] = deque()  # with pieces left to post, in turn
         self._active: set[LargeReceive] = set()
         self._room = 1  # reads that may be posted now
-        self._closed = False
+        self._make_error: Callable[[str], BaseException] | None = None  # after fail_all()
 
     def open(self, depth: int, read_depth: int) -> None:
         """The handshake has settled how many offers and reads there may be at a time."""
@@ -371,7 +371,7 @@ class LargeReceives:
     def withdrawn(self, transfer: int) -> None:
         """The peer takes an offer back. Raises :class:`ProtocolError`."""
         taking = self._ledger.withdraw(transfer)
-        if taking is not None and not self._closed:
+        if taking is not None and self._make_error is None:
             self._receives.messages.remove(taking)
             self._answer_withdrawn(taking)
 
@@ -381,7 +381,7 @@ class LargeReceives:
 
     def _answer(self, taking: Taking, answer: Answer) -> None:
         self._ledger.answered(taking)
-        if not self._closed:
+        if self._make_error is None:
             self._receives.owe()
             self._queue.answer(encode_done(taking.offer.transfer, answer))
 
@@ -426,6 +426,9 @@ class LargeReceives:
         return lease
 
     async def _read(self, taking: Taking, pinned: Pinned, landed: Callable[[], bytes]) -> None:
+        if self._make_error is not None:  # it ended between the arrival and the receiver's turn
+            pinned.release()
+            raise self._make_error("recv")
         taking.taken = True
         receive = LargeReceive(
             taking, PinnedParts(pinned), SpinningFuture(self._queue.loop, self._queue.spin)
@@ -462,7 +465,7 @@ class LargeReceives:
 
     def _advance(self) -> None:
         """Posts reads while there is room, of each message in turn."""
-        while self._waiting and self._room and not self._closed:
+        while self._waiting and self._room and self._make_error is None:
             receive = self._waiting.popleft()
             if receive.abandoned:
                 continue
@@ -502,7 +505,7 @@ class LargeReceives:
     def _abandon(self, receive: LargeReceive) -> None:
         """The receive was cancelled: what is in flight lands, and the message is the next one again."""
         receive.abandoned = True
-        if self._closed:
+        if self._make_error is not None:
             return
         if self._ledger.put_back(receive.taking):
             self._receives.put_back(receive.taking)
@@ -513,6 +516,6 @@ class LargeReceives:
 
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
         """Ends every receive."""
-        self._closed = True
+        self._make_error = make_error
         for receive in self._active:
             receive.future.fail(make_error("recv"))

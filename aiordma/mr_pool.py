@@ -13,7 +13,6 @@ import asyncio
 import bisect
 import mmap
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 

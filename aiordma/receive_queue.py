@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, Self, TypeVar
 
 from ._native import _datapath, ffi
-from ._native._datapath import Buffer, Ring
+from ._native._datapath import Buffer, Governor, Ring
 from ._native._memory import Memory
-from .cq_reactor import CqReactor, SpinGovernor, now_ns
+from .cq_reactor import CqReactor, now_ns
 from .errors import DeviceError, ProtocolError
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
@@ -43,27 +43,32 @@ class Inbox(_datapath.Inbox[T]):
         self,
         loop: asyncio.AbstractEventLoop,
         spin: Callable[[Inbox[T]], None] | None,
-        governor: SpinGovernor | None,
+        governor: Governor | None,
         put_back: Callable[[T], object] | None = None,
     ) -> None:
         self._loop = loop
         self._spin = spin
         self._governor = governor
         self._return = put_back or self.put_back
-        self.failed = False  # fail() was called
+        self._make_error: Callable[[], BaseException] | None = None  # after fail()
 
-    async def wait(self) -> T | None:
-        """The next item, for a caller that found none. None: something else has happened, look again.
+    async def wait(self) -> T:
+        """The next item, for a caller that found none.
 
-        The first in line lets the reactor poll before it goes to the event loop. Cancelled: nothing is lost. Raises
-        what :meth:`fail` was given.
+        The first in line lets the reactor poll before it goes to the event loop. Cancelled: nothing is lost.
+        Raises what :meth:`fail` was given.
         """
-        started = now_ns()
+        if self._make_error is not None:
+            raise self._make_error()
+        started = 0
         if self._spin is not None and not self.waiting:
+            started = now_ns()
             self._spin(self)
-            if self.done() or self.failed:
+            if (found := self.get()) is not None:
                 self._learn(started)
-                return self.get()
+                return found
+            if self._make_error is not None:
+                raise self._make_error()
         future = self._loop.create_future()
         self.line_up(future)
         try:
@@ -72,7 +77,8 @@ class Inbox(_datapath.Inbox[T]):
             if not self.leave_line(future) and not future.cancelled() and future.exception() is None:
                 self._return(future.result())
             raise
-        self._learn(started)
+        if started:
+            self._learn(started)
         return item
 
     def _learn(self, started: int) -> None:
@@ -80,8 +86,9 @@ class Inbox(_datapath.Inbox[T]):
             self._governor.learn(now_ns() - started)
 
     def fail(self, make_error: Callable[[], BaseException]) -> None:
-        """Everyone in line gets an error of their own; those who have their item already keep it."""
-        self.failed = True
+        """Everyone in line gets an error of their own, and who comes later; those who have their item already keep
+        it, and what lies here can be taken."""
+        self._make_error = make_error
         for future in self.drain_line():
             if not future.done():
                 future.set_exception(make_error())
@@ -154,7 +161,7 @@ class OwnRing(Ring):
     """The receives of a connection that shares them with no other."""
 
     def __init__(self, reactor: CqReactor, qp: QueuePair, lease: Lease, count: int, size: int) -> None:
-        super().__init__(reactor.table, size, qp=qp.pointer)
+        super().__init__(reactor, size, qp=qp.pointer)
         self._qp_num = qp.qp_num
         self._lease = lease
         for at in range(0, count * size, size):
@@ -183,8 +190,8 @@ class OwnRing(Ring):
 class ReceiveQueue(SharedUser):
     """The ring, or the part of a shared one, the inbox of messages and the inbox of notifications.
 
-    A message in the inbox is the buffer it lies in, bytes once the ring is gone, or the offer of a large one, which
-    only large_messages.py can read.
+    A message in the inbox is the buffer it lies in, bytes once the ring is gone, or the offer of a large one,
+    which only large_messages.py can read.
     """
 
     messages: Inbox[Buffer | bytes | Taking]
@@ -196,7 +203,7 @@ class ReceiveQueue(SharedUser):
         ring: OwnRing | SharedRing,
         sends: SendQueue,
         spin: Callable[[Inbox[Any]], None] | None,
-        governor: SpinGovernor | None,
+        governor: Governor | None,
         failed: Callable[[int, int, str], None],
         broken: Callable[[DeviceError | ProtocolError], None],
         recall: Callable[[int], None],
@@ -338,7 +345,7 @@ class ReceiveQueue(SharedUser):
 
         return MessageLease(buffer.address, buffer.length, take_back, give_back)
 
-    def put_back(self, item: Buffer | bytes | Taking) -> None:
+    def put_back(self, item: Buffer | bytes | Taking, /) -> None:
         """What was taken is next again, unless nothing can be read any more, or the peer has withdrawn it."""
         if self.closed:
             if isinstance(item, Taking):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ._native._datapath import Grant, Region
 from .adapter import Adapter
 from .errors import ConnectionLostError, DeviceError, MisuseError, RemoteBoundsError
 from .mr_pool import Lease
@@ -217,30 +217,14 @@ class Shares:
             shared.close()
 
 
-@dataclass(slots=True)
-class Grant:
-    """What the peer announced under a name."""
-
-    connection: Any
-    name: str
-    address: int
-    length: int
-    rkey: int
-    rights: int  # REMOTE_* flags of Access
-    revoked: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRegion:
+class RemoteRegion(Region):
     """A range of the peer's memory: ``len()``, and slices, which are bounds-checked ranges of it.
 
     Unlike a sequence's, a slice beyond the end is an error (:class:`RemoteBoundsError`), not a shorter range:
     what is written there must not be cut off in silence.
     """
 
-    grant: Grant = field(repr=False)
-    offset: int
-    length: int
+    __slots__ = ()
 
     @property
     def name(self) -> str:
@@ -280,6 +264,17 @@ class RemoteRegion:
                 f"index {value} lies outside remote region {self.name!r} of {self.length} bytes"
             )
         return index
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RemoteRegion):
+            return NotImplemented
+        return (self.grant, self.offset, self.length) == (other.grant, other.offset, other.length)
+
+    def __hash__(self) -> int:
+        return hash((self.grant, self.offset, self.length))
+
+    def __repr__(self) -> str:
+        return f"<RemoteRegion {self.name!r} [{self.offset}:{self.offset + self.length}]>"
 
     def check(self, connection: Any, nbytes: int, right: int, what: str) -> None:
         """Raises :class:`MisuseError` when ``what`` cannot be done here: found before anything is sent.

@@ -6,9 +6,10 @@ confused, because completions of different queues are not ordered: the peer's cr
 before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
 nothing passes a write that was issued before it.
 
-A small message that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no completion. It is
-the device's as soon as it was copied, and so are messages on the way described here once they are posted: send() is
-done then. That everything sent before has arrived is told by a marker (:meth:`SendQueue.confirm`).
+A small message that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no completion. It
+is the device's as soon as it was copied, and so are messages on the way described here once they are posted: then
+send() is done. That everything sent before has arrived is told by a marker (:meth:`SendQueue.confirm`). Small
+writes take the short way too (native/datapath/write.c), with a completion.
 
 Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
 travels inline (staging.py); so it needs no registration of its own, and the caller's buffer is free as soon as the
@@ -26,8 +27,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
-from ._native._datapath import Sender
-from .cq_reactor import CqReactor, SpinGovernor, now_ns
+from ._native._datapath import Governor, Sender, Write
+from .cq_reactor import CqReactor, now_ns
 from .errors import DeviceError, call_failed
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
@@ -50,8 +51,8 @@ _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
 _OUTBOUND = (SEND, WRITE, WRITE_IMM)
 _MESSAGE = int(FrameKind.MESSAGE)
 _OFFER = int(FrameKind.OFFER)
-#: Messages that go the short way may be under way without a slot (native/datapath/datapath.h: GROUP * GROUPS).
-MESSAGES_IN_FLIGHT = 64
+#: Messages and writes that may be under way without a slot (native/datapath/datapath.h: GROUP * GROUPS + WRITES).
+WITHOUT_SLOT = 64 + 64
 #: The most bytes of a control frame.
 CONTROL_FRAME = HEADER_SIZE + DONE_SIZE
 
@@ -232,6 +233,7 @@ class SendQueue(Sender):
     def __init__(
         self,
         *,
+        connection: object,
         reactor: CqReactor,
         cq: CompletionQueue,
         qp: QueuePair,
@@ -242,15 +244,25 @@ class SendQueue(Sender):
         control: int,
         offers: int,
         max_message: int,
-        governor: SpinGovernor | None,
+        governor: Governor | None,
         spins: bool,
-        failed: Callable[[int, int, str, Operation | None], None],
+        failed: Callable[[int, int, str, Operation | Write | None], None],
         broken: Callable[[DeviceError], None],
     ) -> None:
         self._credit_queue: deque[Operation] = deque()
         self._slot_queue: deque[Operation] = deque()
-        super().__init__(reactor.table, qp.pointer, qp.max_inline, self._credit_queue, self._slot_queue)
-        self.loop = asyncio.get_running_loop()
+        super().__init__(
+            table=reactor,
+            qp=qp.pointer,
+            cq=cq.pointer,
+            max_inline=qp.max_inline,
+            credit_queue=self._credit_queue,
+            slot_queue=self._slot_queue,
+            connection=connection,
+            loop=asyncio.get_running_loop(),
+            governor=governor,
+            spins=spins,
+        )
         self.spin: Callable[[SpinningFuture], None] = self._spin
         self._spins = spins
         self._reactor = reactor
@@ -278,7 +290,6 @@ class SendQueue(Sender):
         self._answers: deque[bytes] = deque()  # to the peer's offers
         self.closed = False
         self.refused: DeviceError | None = None  # a request the device did not take
-        self.posted = 0  # work requests the device has
         self.on_idle: Callable[[], None] | None = None
         self.credit_frames = 0
         self._marker: Marker | None = None
@@ -309,7 +320,7 @@ class SendQueue(Sender):
         return len(self._slots) - len(self._free)
 
     def _spin(self, future: SpinningFuture) -> None:
-        self._reactor.spin(future, self._cq, self._governor, once=not self._spins)
+        self._reactor.spin(future, self._cq.pointer, self._governor, not self._spins)
 
     # --- in ------------------------------------------------------------------------------------------
 
@@ -587,6 +598,15 @@ class SendQueue(Sender):
         """One of them failed."""
         self._failed(status, vendor_err, "send", None)
 
+    def write_failed(self, write: Write, status: int, vendor_err: int) -> None:
+        """A write that went the short way failed."""
+        self._failed(status, vendor_err, "write", write)
+
+    def idle(self) -> None:
+        """After the end: the device has nothing of ours any more."""
+        if self.on_idle is not None:
+            self.on_idle()
+
     def _post_special(self, operation: Operation) -> None:
         assert operation.post is not None
         if self.queued:
@@ -773,6 +793,7 @@ class SendQueue(Sender):
 
     def fail_all(self, make_error: Callable[[str], BaseException]) -> None:
         """Ends every wait, queued or in flight; posted memory stays with the device until it hands it back."""
+        self.flush()  # what was gathered fails with the rest
         self.closed = True
         self.open = False
         self._staging.forget(self)
@@ -792,6 +813,7 @@ class SendQueue(Sender):
         for slot in self._slots:
             if slot.operation is not None:
                 slot.operation.fail(make_error(slot.operation.kind))
+        self.fail_writes(make_error)
 
     def close(self) -> None:
         """The queue pair is gone: nothing can touch the memory any more."""

@@ -84,7 +84,7 @@ class SharedReceives:
         except BaseException:
             self.srq.close()
             raise
-        self.ring = Ring(reactor.table, size, srq=self.srq.pointer)
+        self.ring = Ring(reactor, size, srq=self.srq.pointer)
         self.books = SharedCredits(limit)
         self._owners: dict[Share, SharedUser] = {}
         self._leases: list[Lease] = []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
-from ._native._datapath import Buffer
+from ._native._datapath import Buffer, Grant, Write
 from ._native._memory import new_bytes
 from .adapter import Route
 from .buffers import bytes_view
@@ -40,22 +40,22 @@ from .errors import (
     WrongLoopError,
     completion_error,
 )
-from .large_messages import LargeReceives, LargeSend, LargeSends, Withdrawer
+from .large_messages import LargeReceives, LargeSends, Withdrawer
 from .mr_pool import Lease, PoolStatistics
 from .protocol.credit import CONTROL_WINDOW, CreditLedger
 from .protocol.frames import HEADER_SIZE
 from .protocol.rendezvous import Taking
 from .protocol.shared_credit import Share
-from .receive_queue import Inbox, MessageLease, OwnRing, ReceiveQueue
-from .regions import Announcer, Grant, Grants, RemoteRegion, Shares, parse_access
+from .receive_queue import MessageLease, OwnRing, ReceiveQueue
+from .regions import Announcer, Grants, RemoteRegion, Shares, parse_access
 from .registrations import Pinned
 from .send_queue import (
     COMPARE_SWAP,
     CONTROL_FRAME,
     FETCH_ADD,
-    MESSAGES_IN_FLIGHT,
     READ,
     SEND,
+    WITHOUT_SLOT,
     WRITE,
     WRITE_IMM,
     Operation,
@@ -206,7 +206,7 @@ class Connection:
                 self._stage, self._share_limit, self.receive_credits, CONTROL_WINDOW
             )
         own = 0 if self._share_limit else config.receive_credits + self._control
-        self._depth = config.send_depth + self._control + MESSAGES_IN_FLIGHT + 1  # and a marker
+        self._depth = config.send_depth + self._control + WITHOUT_SLOT + 1  # and a marker
         self._entries = self._depth + own
         self._cq = reactor.attach(config.mode, self._entries)
         undo.callback(reactor.detach, config.mode, self._cq, self._entries)
@@ -221,7 +221,7 @@ class Connection:
         config = self._config
         if self._shared is not None:
             share = await self._shared.join(self.receive_credits, config.receive_credits, CONTROL_WINDOW)
-            undo.callback(self._shared.leave, share, 0)
+            undo.callback(self._shared.leave, 0, share, 0)
             self._share = share
             return None
         receives = config.receive_credits + self._control
@@ -251,6 +251,7 @@ class Connection:
         config, reactor = self._config, self._adapter.reactor
         adaptive = config.mode == "adaptive"
         self._sends = SendQueue(
+            connection=self,
             reactor=reactor,
             cq=self._cq,
             qp=self._qp,
@@ -267,11 +268,13 @@ class Connection:
             broken=self._fail_with,
         )
         arrivals = reactor.arrivals if adaptive else None
-        recv_cq = self._qp.recv_cq
+        recv_cq = self._qp.recv_cq.pointer
         self._receives = ReceiveQueue(
             ring=self._ring(own),
             sends=self._sends,
-            spin=None if config.mode == "event" else lambda inbox: reactor.spin(inbox, recv_cq, arrivals),
+            spin=None
+            if config.mode == "event"
+            else lambda inbox: reactor.spin(inbox, recv_cq, arrivals, False),
             governor=arrivals,
             failed=lambda status, vendor_err, kind: self._completion_failed(status, vendor_err, kind, None),
             broken=self._fail_with,
@@ -371,7 +374,7 @@ class Connection:
 
     # --- messages ------------------------------------------------------------------------------------
 
-    def send(self, data: Any) -> asyncio.Future[None]:
+    def send(self, data: Any) -> asyncio.Future[Any]:
         """Sends one message: a contiguous buffer object of any size, empty included, or a list or tuple of them,
         which travel one behind the other as one message, without being joined here first.
 
@@ -383,11 +386,12 @@ class Connection:
 
         Raises :class:`MessageTooLargeError` for more than the peer takes (``Config.max_message_size``),
         :class:`MisuseError` for an object that is no buffer, :class:`MemoryLimitError` when a large one cannot be
-        registered. Cancelled before it was handed to the device: not sent; a large one is sent only if the peer has
-        begun to read it.
+        registered. Cancelled before it was handed to the device: not sent; a large one is sent only if the peer
+        has begun to read it.
         """
-        if _get_running_loop() is self._loop and self._sends.send_now(data):
-            return self._sends.done
+        sends = self._sends
+        if sends.send_now(data):
+            return sends.done
         parts = data if data.__class__ in (list, tuple) else None
         if parts is None:
             view: Any = bytes_view(data)
@@ -417,16 +421,22 @@ class Connection:
         After the peer has closed in order, what had arrived is still delivered; then
         :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
         """
+        message = self._receives.take_next()
+        return message if message.__class__ is bytes else await self._recv(message)
+
+    async def _recv(self, message: Taking | None) -> bytes:
+        """:meth:`recv`, when the message has yet to come, or to be read."""
         self._check_loop()
         receives = self._receives
-        message = receives.take_next()
-        if message is None:
-            message = receives.take(await self._message())
-        while isinstance(message, Taking):
+        while True:
+            if message is None:
+                message = receives.take(await receives.messages.wait())
+            if message.__class__ is bytes:
+                return message
+            assert isinstance(message, Taking)
             if not message.withdrawn:
                 return await self._large_receives.receive(message)
-            message = receives.take(await self._message())
-        return message
+            message = receives.take(receives.messages.get())
 
     async def recv_into(self, buffer: Any) -> int:
         """As :meth:`recv`, into the start of a writable buffer; returns the length of the message in bytes. A
@@ -468,18 +478,13 @@ class Connection:
 
     async def _message(self) -> Buffer | bytes | Taking:
         """The next message, where it lies; the caller takes it before it awaits anything."""
+        inbox = self._receives.messages
         while True:
-            message: Buffer | bytes | Taking = await self._next(self._receives.messages, "recv")
+            message = inbox.get()
+            if message is None:
+                message = await inbox.wait()
             if not isinstance(message, Taking) or not message.withdrawn:
                 return message
-
-    async def _next(self, inbox: Inbox[T], kind: str) -> T:
-        while (item := inbox.get()) is None:
-            if self._error is not None:
-                raise self.lost_error(kind)
-            if (item := await inbox.wait()) is not None:
-                break
-        return item
 
     # --- what the receive queue says (receive_queue.LargeArrivals) -----------------------------------
 
@@ -496,8 +501,11 @@ class Connection:
         return self
 
     async def __anext__(self) -> bytes:
+        message = self._receives.take_next()
+        if message.__class__ is bytes:
+            return message
         try:
-            return await self.recv()
+            return await self._recv(message)
         except ConnectionClosedError:
             raise StopAsyncIteration from None
 
@@ -507,11 +515,13 @@ class Connection:
         The data it announces is in place. Errors and cancellation as :meth:`recv`.
         """
         self._check_loop()
-        return self._receives.take_notification(await self._next(self._receives.notifications, "notified"))
+        inbox = self._receives.notifications
+        value = inbox.get()
+        return self._receives.take_notification(await inbox.wait() if value is None else value)
 
     # --- one-sided operations ------------------------------------------------------------------------
 
-    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> Operation:
+    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
         """Writes a contiguous buffer object of any size to the start of ``remote`` (RDMA WRITE).
 
         Awaiting returns None when the data is in the peer's memory. ``notify`` (0 to 2**32 - 1) also wakes the
@@ -521,6 +531,8 @@ class Connection:
         small, not writable, revoked, or of another connection; :class:`RemoteAccessError` when the peer's device
         refuses, which ends the connection.
         """
+        if notify is None and (write := self._sends.write_now(data, remote)) is not None:
+            return write
         return self._sends.submit(self._write(data, remote, notify))
 
     def _write(self, data: Any, remote: RemoteRegion, notify: int | None) -> Operation:
@@ -744,7 +756,7 @@ class Connection:
     # --- failure -------------------------------------------------------------------------------------
 
     def _completion_failed(
-        self, status: int, vendor_err: int, kind: str, operation: Operation | None
+        self, status: int, vendor_err: int, kind: str, operation: Operation | Write | None
     ) -> None:
         """A work request ended in an error: the first one that is not a flush names the reason."""
         error = completion_error(
@@ -868,8 +880,8 @@ class Connection:
 
     def close(self) -> None:
         """Closes the connection: operations in flight end with :class:`ConnectionClosedError`; the peer still
-        receives every message whose :meth:`send` was done. Returns at once; see :meth:`wait_closed`, which waits for
-        that too, for ``Config.close_timeout`` at most. Idempotent."""
+        receives every message whose :meth:`send` was done. Returns at once; see :meth:`wait_closed`, which waits
+        for that too, for ``Config.close_timeout`` at most. Idempotent."""
         if self._state == "preparing":
             raise MisuseError("the connection is not open yet")
         if self._state == "open":
@@ -1071,15 +1083,18 @@ class Batch:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._operations: list[Operation] = []
+        self._operations: list[Operation | Write] = []
 
     def _add(self, operation: Operation) -> Operation:
         operation._spin = None
         self._operations.append(operation)
         return operation
 
-    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> Operation:
+    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
         """As :meth:`Connection.write`."""
+        if notify is None and (write := self._connection._sends.prepare_write(data, remote)) is not None:
+            self._operations.append(write)
+            return write
         return self._add(self._connection._write(data, remote, notify))
 
     def read(self, remote: RemoteRegion) -> Operation:
@@ -1114,11 +1129,36 @@ class Batch:
             for operation in operations:
                 operation.cancel()
             raise connection.lost_error("batch")
-        connection._sends.submit_many(operations)
-        results = await asyncio.gather(*operations, return_exceptions=True)
-        for operation, result in zip(operations, results, strict=True):
-            if isinstance(result, BaseException) and not operation.cancelled():
-                raise result
+        posted = connection._sends.post_prepared(operations, 0)
+        try:
+            if posted < len(operations):
+                rest = [self._slow(operation) for operation in operations[posted:] if not operation.done()]
+                connection._sends.submit_many(rest)
+            await _all_ended(operations)
+        except BaseException:
+            for operation in operations:
+                operation.cancel()
+            raise
+
+    def _slow(self, operation: Operation | Write) -> Operation:
+        """A write that nothing held up when it was made, and that has to wait now."""
+        if isinstance(operation, Operation):
+            return operation
+        slow = self._connection._write(operation.data, operation.region, None)
+        slow.add_done_callback(operation.follow)
+        return slow
+
+
+async def _all_ended(operations: list[Operation | Write]) -> None:
+    """Waits for all, the last one first, for they end in order; raises the first error in the order given."""
+    for operation in reversed(operations):
+        if isinstance(operation, Write):
+            operation.spin()
+        if not operation.done():
+            await asyncio.wait([operation])
+    for operation in operations:
+        if not operation.cancelled() and (error := operation.exception()) is not None:
+            raise error
 
 
 def _word(name: str, value: int) -> int:

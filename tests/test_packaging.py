@@ -21,7 +21,10 @@ SOURCES = (
     *("meson.build", "pyproject.toml", "README.md", "LICENSE"),
 )
 
-MODULES = tuple(f"aiordma/_native/{name}" for name in ("_datapath.abi3.so", "_verbs.abi3.so", "_memory.abi3.so", "libusroce.so"))
+MODULES = tuple(
+    f"aiordma/_native/{name}"
+    for name in ("_datapath.abi3.so", "_verbs.abi3.so", "_memory.abi3.so", "libusroce.so")
+)
 
 #: Those of a sanitizer run, which is not to reach compilers, and those that would show another package.
 NOT_FOR_BUILDS = ("LD_PRELOAD", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONMALLOC")

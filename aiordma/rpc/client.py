@@ -409,7 +409,10 @@ class RpcClient:
         """Nobody waits for the call any more."""
         if call is None:
             return
-        if operation is not None and not (operation.done() or operation.in_flight):
+        under_way = operation is None or operation.done()
+        if isinstance(operation, LargeSend):
+            under_way = under_way or operation.in_flight > 0
+        if operation is not None and not under_way:
             operation.cancel()  # it waits for a credit or a slot: now it is never sent
             self._calls.forget(call)
         elif self._calls.abandon(call) and not self.connection.is_closing():

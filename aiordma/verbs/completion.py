@@ -102,7 +102,18 @@ class CompletionQueue(Owner):
     ``size`` is what the device granted, at least what was asked for; ``pointer`` is the address of the ``ibv_cq``.
     """
 
-    __slots__ = ("_batch", "_bytes", "_handle", "_unacked", "_wcs", "channel", "context", "cookie", "pointer", "size")
+    __slots__ = (
+        "_batch",
+        "_bytes",
+        "_handle",
+        "_unacked",
+        "_wcs",
+        "channel",
+        "context",
+        "cookie",
+        "pointer",
+        "size",
+    )
 
     #: Events counted before they are acknowledged together: the acknowledgement takes a mutex.
     ACK_BATCH = 64

@@ -9,6 +9,9 @@
  * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
  * send.c     Sender, Group: small messages, inline, several to a doorbell, few of them signaled
+ * write.c    Write: a small one-sided write, likewise; awaitable
+ * region.c   Grant, Region: what the peer lets us write to
+ * spin.c     Governor, and spinning inside an await
  *
  * Everything runs with the GIL held, which is the only lock; it is released while spinning. Objects of one
  * connection or reactor are used from one thread (their event loop's). Verbs objects are given as addresses by who
@@ -70,6 +73,16 @@ int inbox_put(Inbox *inbox, PyObject *item, bool front);
 
 typedef struct Sender Sender;
 
+typedef struct {
+    PyObject_HEAD
+    long long cap_ns, turn_cap_ns, average_ns;
+    double hit_rate;
+    unsigned long long attempts;
+} Governor;
+
+long long now_ns(void);
+void governor_learn(Governor *governor, long long elapsed_ns);
+
 struct pending {
     PyObject *entry; /* NULL: free */
     uint32_t generation;
@@ -84,14 +97,37 @@ typedef struct {
     PyObject *schedule;    /* called once a turn of the loop: it makes the loop call turned() in the next */
     PyObject *on_error;    /* called with an exception out of a completion */
     unsigned long long turn;
-    char turn_marked;
-    char dispatching;
+    unsigned long thread;  /* whose loop it is */
+    unsigned long process; /* counts forks */
+    char turn_marked, dispatching;
+    /* spin.c */
+    PyObject *ready;      /* asyncio's run queue, or NULL */
+    long long inline_cap_ns, turn_spent_ns, spin_ns, last_hit_ns, inline_polls, inline_hits;
+    long long waiting;    /* operations (not receives) that somebody may wait for */
+    unsigned int stays;   /* awaits of this turn that completed without one */
+    char spinning, polling, adaptive, closed;
     long long completions, stale, polls, empty_polls;
 } Table;
 
 int table_add(Table *table, PyObject *entry, uint64_t *wr_id); /* -1 and MemoryError */
 bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
+int table_count_forks(void); /* once, or an errno */
+bool table_here(const Table *table); /* the caller is in the table's thread, and its process was not forked off */
 int table_mark_turn(Table *table);                              /* -1 and an exception */
+/* Posts what waits for that, polls once (or spins, without the GIL), and hands out what is there: how many completions
+ * there were. Negative: the device has failed, and failed() of the table knows. */
+int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns);
+
+struct spin {
+    struct ibv_cq *cq;
+    Governor *governor; /* NULL: up to the cap */
+    bool once;          /* polls, and does not spin */
+    bool (*done)(PyObject *what);
+    PyObject *what;
+};
+
+/* Polls inside an await; see spin.c. Not reentrant: an await inside a completion does not poll. -1 and an exception. */
+int table_spin(Table *table, const struct spin *spin);
 void table_unraisable(Table *table); /* the exception that is set goes to on_error */
 
 typedef struct Receiver Receiver;
@@ -140,10 +176,55 @@ typedef struct {
     char entered;
 } Group;
 
+/* What the peer announced under a name. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *connection, *name;
+    unsigned long long address, length;
+    unsigned int rkey, rights; /* rights: REMOTE_* flags */
+    char revoked;
+} Grant;
+
+typedef struct {
+    PyObject_HEAD
+    Grant *grant;
+    unsigned long long offset, length;
+} Region;
+
+enum write_state { WRITE_NEW, WRITE_POSTED, WRITE_DONE, WRITE_FAILED, WRITE_CANCELLED };
+
+/* A small write, from the call to the completion. While it is posted it is in the pending table, and in the list of
+ * its sender in the order of posting. */
+typedef struct Write {
+    PyObject_HEAD
+    Sender *sender;
+    PyObject *data;      /* until it is posted */
+    Region *region;      /* likewise */
+    PyObject *future;    /* made when somebody has to wait */
+    PyObject *callbacks; /* list of (callback, context), or NULL */
+    PyObject *error;
+    PyObject *weakrefs;
+    struct Write *next; /* posted after this one; a reference of the list */
+    uint64_t wr_id;
+    long long started_ns;
+    enum write_state state;
+    char seen; /* the error was retrieved */
+    char in_table;
+} Write;
+
 /* Messages in a group: the last one is signaled. And groups of a sender: so many times as many are in flight. */
 #define GROUP 16
 #define GROUPS 4
 #define FRAMES 32 /* that wait for the end of a turn */
+#define WRITES 64 /* in flight */
+
+/* One work request that is gathered. */
+struct frame {
+    uint32_t length;
+    uint32_t rkey;        /* of a write */
+    uint64_t remote;      /* likewise */
+    Write *write;         /* NULL: a message */
+};
 
 struct Sender {
     PyObject_HEAD
@@ -157,30 +238,50 @@ struct Sender {
     unsigned int queued;
     size_t stride;
     unsigned char *frames; /* FRAMES of `stride` bytes */
-    uint32_t lengths[FRAMES];
+    struct frame frame[FRAMES];
     unsigned long long turn; /* when something was sent last */
+    PyObject *connection, *loop;
+    struct ibv_cq *cq;
+    Governor *governor; /* or NULL */
+    Write *first, *last; /* posted writes, in order */
+    unsigned int writes;
+    char spins;
     Sender *next;            /* among the dirty ones */
-    long long reserved, wanted_back, sent, handed;
+    long long reserved, wanted_back, sent, handed, posted;
     char dirty, open;
 };
 
 int sender_flush(Sender *sender);  /* -1 and an exception of a callback */
+
 int sender_pump(Sender *sender);   /* somebody may go on; -1 and an exception */
 int sender_control(Sender *sender); /* credits are due; -1 and an exception */
 
 /* What table.c hands completions to without Python in between. -1 and an exception. */
 int buffer_completed(Buffer *buffer, const struct glue_wc *wc);
 int group_completed(Group *group, const struct glue_wc *wc);
+int write_completed(Write *write, const struct glue_wc *wc);
+
+/* write.c */
+Write *write_new(Sender *sender);
+void writes_forget(Sender *sender);                    /* the queue pair is gone */
+void writes_drop(Sender *sender, unsigned int count); /* the last ones were not posted */
+int writes_fail(Sender *sender, PyObject *make_error); /* -1 and an exception */
+int write_posting(Write *write, struct ibv_send_wr *wr); /* enters the table; -1 and an exception */
+bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /* region.c */
 
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type;
-extern PyObject *protocol_error, *misuse_error;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type;
+extern PyObject *protocol_error, *misuse_error, *cancelled_error, *invalid_state_error;
+extern PyObject *copy_context;   /* contextvars.copy_context */
+extern PyObject *ready_iterator; /* the one Ready */
 extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
-extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used;
+extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
+    *name_idle;
 
-extern PyType_Spec ledger_spec, inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec;
+extern PyType_Spec ledger_spec, inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
+    governor_spec, grant_spec, region_spec, write_spec, ready_spec;
 
 #endif

@@ -2,9 +2,10 @@
 #include "datapath.h"
 
 PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type;
-PyObject *protocol_error, *misuse_error, *device_error;
-PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type;
+PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *copy_context;
+PyObject *ready_iterator;
+PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle;
 
 int call_none(PyObject *object, PyObject *name)
 {
@@ -36,6 +37,9 @@ static const struct {
     {"Table", &table_spec, &table_type},          {"Ring", &ring_spec, &ring_type},
     {"Buffer", &buffer_spec, &buffer_type},       {"Receiver", &receiver_spec, &receiver_type},
     {"Group", &group_spec, &group_type},          {"Sender", &sender_spec, &sender_type},
+    {"Governor", &governor_spec, &governor_type}, {"Grant", &grant_spec, &grant_type},
+    {"Region", &region_spec, &region_type},       {"Write", &write_spec, &write_type},
+    {"Ready", &ready_spec, &ready_type},
 };
 
 static const struct {
@@ -47,22 +51,35 @@ static const struct {
     {"pump", &name_pump},
     {"send_control", &name_send_control},
     {"used", &name_used},
+    {"keep_polling", &name_keep_polling},
+    {"idle", &name_idle},
 };
 
-static int import_errors(void)
-{
-    PyObject *errors = PyImport_ImportModule("aiordma.errors");
-    int rc = -1;
+static const struct {
+    const char *module, *name;
+    PyObject **object;
+} imports[] = {
+    {"aiordma.errors", "ProtocolError", &protocol_error},
+    {"aiordma.errors", "MisuseError", &misuse_error},
+    {"aiordma.errors", "call_failed", &device_error},
+    {"asyncio.exceptions", "CancelledError", &cancelled_error},
+    {"asyncio.exceptions", "InvalidStateError", &invalid_state_error},
+    {"contextvars", "copy_context", &copy_context},
+};
 
-    if (!errors)
-        return -1;
-    protocol_error = PyObject_GetAttrString(errors, "ProtocolError");
-    misuse_error = PyObject_GetAttrString(errors, "MisuseError");
-    device_error = PyObject_GetAttrString(errors, "call_failed");
-    if (protocol_error && misuse_error && device_error)
-        rc = 0;
-    Py_DECREF(errors);
-    return rc;
+static int import_others(void)
+{
+    for (size_t i = 0; i < sizeof(imports) / sizeof(imports[0]); i++) {
+        PyObject *module = PyImport_ImportModule(imports[i].module);
+
+        if (!module)
+            return -1;
+        *imports[i].object = PyObject_GetAttrString(module, imports[i].name);
+        Py_DECREF(module);
+        if (!*imports[i].object)
+            return -1;
+    }
+    return 0;
 }
 
 static int module_exec(PyObject *module)
@@ -71,7 +88,11 @@ static int module_exec(PyObject *module)
         PyErr_SetString(PyExc_ImportError, "_datapath cannot be loaded twice in one process");
         return -1;
     }
-    if (import_errors())
+    if (table_count_forks()) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (import_others())
         return -1;
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         if (!(*names[i].name = PyUnicode_InternFromString(names[i].text)))
@@ -85,7 +106,8 @@ static int module_exec(PyObject *module)
         if (PyModule_AddObjectRef(module, types[i].name, type))
             return -1;
     }
-    return 0;
+    ready_iterator = PyType_GenericAlloc(ready_type, 0);
+    return ready_iterator ? 0 : -1;
 }
 
 static PyModuleDef_Slot module_slots[] = {

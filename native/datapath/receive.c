@@ -489,10 +489,11 @@ static PyObject *take(PyObject *self, PyObject *item)
 
 static PyObject *take_next(PyObject *self, PyObject *unused)
 {
-    PyObject *item = objects_pop(&((Receiver *)self)->messages->items), *message;
+    Receiver *receiver = (Receiver *)self;
+    PyObject *item, *message;
 
     (void)unused;
-    if (!item)
+    if (!table_here(receiver->sender->table) || !(item = objects_pop(&receiver->messages->items)))
         Py_RETURN_NONE;
     message = take(self, item);
     Py_DECREF(item);
@@ -630,7 +631,7 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 
 static PyMethodDef receiver_methods[] = {
     {"take", take, METH_O, "take(item): a message as bytes, its buffer posted again; other items as they are."},
-    {"take_next", take_next, METH_NOARGS, "take() of the next item, or None when there is none."},
+    {"take_next", take_next, METH_NOARGS, "take() of the next item; None when there is none, or in another thread."},
     {"take_into", take_into, METH_VARARGS, "take_into(buffer, writable): as take(), copied there; returns its length."},
     {"lend", receiver_lend, METH_O, "lend(buffer): its message is taken, and looked at where it lies."},
     {"recycle", receiver_recycle, METH_O, "recycle(buffer): posts it again; its credit is owed."},

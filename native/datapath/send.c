@@ -1,4 +1,4 @@
-/* Small messages on their way out.
+/* Small messages and small writes on their way out.
  *
  * A message that fits the inline data of the device and finds its credit is copied here and is the device's: it
  * needs no slot, no registered memory and no completion of its own. The first one of a turn of the loop leaves at
@@ -7,7 +7,7 @@
  *
  * Everything else goes through SendQueue, which derives from Sender: it posts after flush(), never before, and
  * nothing here passes who waits in its queues. Called back there: pump(), send_control(), message_failed(status,
- * vendor_err), message_refused(errno). */
+ * vendor_err), write_failed(write, status, vendor_err), message_refused(errno), idle(). */
 #include "datapath.h"
 
 #include <arpa/inet.h>
@@ -78,29 +78,48 @@ PyType_Spec group_spec = {
 
 /* --- posting ----------------------------------------------------------------------------------------- */
 
-/* Fills in the work request of the next message; false when there is no memory for its place in the table. */
-static bool next_request(Sender *sender, struct ibv_send_wr *wr, struct ibv_sge *sge, unsigned int frame)
+/* The next message of a group. -1 and MemoryError. */
+static int message_posting(Sender *sender, struct ibv_send_wr *wr)
 {
     Group *group = sender->groups[sender->group];
 
     if (!group->entered) {
         if (table_add(sender->table, (PyObject *)group, &group->wr_id))
-            return false;
+            return -1;
         group->entered = 1;
     }
-    sge->addr = (uintptr_t)(sender->frames + frame * sender->stride);
-    sge->length = sender->lengths[frame];
-    memset(wr, 0, sizeof(*wr));
     wr->wr_id = group->wr_id;
-    wr->sg_list = sge;
-    wr->num_sge = 1;
     wr->opcode = IBV_WR_SEND;
-    wr->send_flags = IBV_SEND_INLINE;
     if (++group->count == GROUP) {
         wr->send_flags |= IBV_SEND_SIGNALED;
         sender->group = (sender->group + 1) % GROUPS;
     }
-    return true;
+    return 0;
+}
+
+/* The work request of what is gathered at `i`. -1 and an exception. */
+static int make_request(Sender *sender, unsigned int i, struct ibv_send_wr *wr, struct ibv_sge *sge)
+{
+    struct frame *frame = &sender->frame[i];
+    int rc;
+
+    memset(wr, 0, sizeof(*wr));
+    if (frame->length) {
+        sge->addr = (uintptr_t)(sender->frames + i * sender->stride);
+        sge->length = frame->length;
+        sge->lkey = 0;
+        wr->sg_list = sge;
+        wr->num_sge = 1;
+        wr->send_flags = IBV_SEND_INLINE;
+    }
+    if (!frame->write)
+        return message_posting(sender, wr);
+    wr->opcode = IBV_WR_RDMA_WRITE;
+    wr->wr.rdma.remote_addr = frame->remote;
+    wr->wr.rdma.rkey = frame->rkey;
+    rc = write_posting(frame->write, wr);
+    Py_CLEAR(frame->write);
+    return rc;
 }
 
 static void leave_dirty(Sender *sender)
@@ -116,11 +135,15 @@ static void leave_dirty(Sender *sender)
     sender->dirty = 0;
 }
 
-static int refused(Sender *sender, int rc)
+/* The device did not take the last `count` requests: nothing may be posted behind the gap, and their writes get no
+ * completion. */
+static int refused(Sender *sender, int rc, unsigned int writes)
 {
-    PyObject *result = PyObject_CallMethod((PyObject *)sender, "message_refused", "i", rc);
+    PyObject *result;
 
     sender->open = 0;
+    result = PyObject_CallMethod((PyObject *)sender, "message_refused", "i", rc);
+    writes_drop(sender, writes);
     Py_XDECREF(result);
     return result ? 0 : -1;
 }
@@ -129,7 +152,9 @@ int sender_flush(Sender *sender)
 {
     struct ibv_send_wr wrs[FRAMES], *bad = NULL;
     struct ibv_sge sges[FRAMES];
-    unsigned int count = sender->queued;
+    unsigned int count = sender->queued, missed = 0;
+    struct ibv_send_wr *last_write = NULL;
+    long long now = 0;
     int rc;
 
     leave_dirty(sender);
@@ -137,15 +162,26 @@ int sender_flush(Sender *sender)
     if (!count)
         return 0;
     for (unsigned int i = 0; i < count; i++) {
-        if (!next_request(sender, &wrs[i], &sges[i], i))
+        Write *write = sender->frame[i].write;
+
+        if (write) {
+            last_write = &wrs[i];
+            write->started_ns = now = now ? now : now_ns();
+        }
+        if (make_request(sender, i, &wrs[i], &sges[i]))
             return -1;
         wrs[i].next = i + 1 < count ? &wrs[i + 1] : NULL;
     }
+    if (last_write)
+        last_write->send_flags |= IBV_SEND_SIGNALED;
     rc = ibv_post_send(sender->qp, wrs, &bad);
-    if (rc)
-        return refused(sender, rc);
-    sender->sent += count;
-    return 0;
+    if (!rc) {
+        sender->sent += count;
+        return 0;
+    }
+    for (; bad; bad = bad->next)
+        missed += bad->opcode == IBV_WR_RDMA_WRITE;
+    return refused(sender, rc, missed);
 }
 
 static int join_dirty(Sender *sender)
@@ -160,41 +196,15 @@ static int join_dirty(Sender *sender)
     return 0;
 }
 
-/* --- sending ----------------------------------------------------------------------------------------- */
+/* --- gathering --------------------------------------------------------------------------------------- */
 
-static bool may_send(const Sender *sender)
-{
-    const Ledger *ledger = sender->ledger;
-
-    return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
-           sender->in_flight < GROUP * GROUPS && !has_waiters(sender);
-}
-
-static void put_frame(Sender *sender, const void *data, uint32_t nbytes)
-{
-    unsigned char *frame = sender->frames + sender->queued * sender->stride;
-    uint32_t credits[2], length = htonl(nbytes);
-
-    ledger_stamp(sender->ledger, &credits[0], &credits[1]);
-    credits[0] = htonl(credits[0]);
-    credits[1] = htonl(credits[1]);
-    memset(frame, 0, 4);
-    frame[0] = FRAME_MESSAGE;
-    memcpy(frame + 4, &length, 4);
-    memcpy(frame + 8, credits, 8);
-    memcpy(frame + HEADER_SIZE, data, nbytes);
-    sender->lengths[sender->queued++] = HEADER_SIZE + nbytes;
-}
-
-static int send_message(Sender *sender, const void *data, uint32_t nbytes)
+/* What was put at the place for the next one goes out: at once if it is the first of this turn of the loop, else
+ * with others. */
+static int gathered(Sender *sender, uint32_t length)
 {
     bool first = sender->turn != sender->table->turn;
 
-    if (ledger_send_data(sender->ledger))
-        return -1;
-    sender->in_flight++;
-    sender->handed++;
-    put_frame(sender, data, nbytes);
+    sender->frame[sender->queued++].length = length;
     if (!first && sender->queued < FRAMES)
         return join_dirty(sender);
     if (first) {
@@ -203,6 +213,34 @@ static int send_message(Sender *sender, const void *data, uint32_t nbytes)
         sender->turn = sender->table->turn;
     }
     return sender_flush(sender);
+}
+
+static bool may_send(const Sender *sender)
+{
+    const Ledger *ledger = sender->ledger;
+
+    return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
+           sender->in_flight < GROUP * GROUPS && !has_waiters(sender) && table_here(sender->table);
+}
+
+static int send_message(Sender *sender, const void *data, uint32_t nbytes)
+{
+    unsigned char *frame = sender->frames + sender->queued * sender->stride;
+    uint32_t credits[2], length = htonl(nbytes);
+
+    if (ledger_send_data(sender->ledger))
+        return -1;
+    sender->in_flight++;
+    sender->handed++;
+    ledger_stamp(sender->ledger, &credits[0], &credits[1]);
+    credits[0] = htonl(credits[0]);
+    credits[1] = htonl(credits[1]);
+    memset(frame, 0, 4);
+    frame[0] = FRAME_MESSAGE;
+    memcpy(frame + 4, &length, 4);
+    memcpy(frame + 8, credits, 8);
+    memcpy(frame + HEADER_SIZE, data, nbytes);
+    return gathered(sender, HEADER_SIZE + nbytes);
 }
 
 /* True: the message is on its way. False: it needs SendQueue.submit(), which also says what is wrong with it. */
@@ -229,6 +267,116 @@ static PyObject *send_now(PyObject *self, PyObject *data)
     Py_RETURN_TRUE;
 }
 
+/* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
+static bool may_write(const Sender *sender, PyObject *region)
+{
+    return sender->open && sender->writes < WRITES && PyObject_TypeCheck(region, region_type) &&
+           PyObject_Size(sender->slot_queue) == 0 && table_here(sender->table);
+}
+
+/* Copies the data of a write to its place. 1: it is there; 0: it needs SendQueue.submit(). */
+static int stage(Sender *sender, PyObject *data, const Region *region, uint32_t *length)
+{
+    Py_buffer view;
+    int fits;
+
+    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
+        PyErr_Clear();
+        return 0;
+    }
+    fits = (size_t)view.len <= sender->stride && region_allows(region, sender, (size_t)view.len);
+    if (fits)
+        memcpy(sender->frames + sender->queued * sender->stride, view.buf, (size_t)view.len);
+    *length = (uint32_t)view.len;
+    PyBuffer_Release(&view);
+    return fits;
+}
+
+static void aim(Sender *sender, Write *write, const Region *region)
+{
+    struct frame *frame = &sender->frame[sender->queued];
+
+    frame->remote = region->grant->address + region->offset;
+    frame->rkey = region->grant->rkey;
+    frame->write = (Write *)Py_NewRef((PyObject *)write);
+    sender->writes++;
+}
+
+static PyObject *write_now(PyObject *self, PyObject *args)
+{
+    Sender *sender = (Sender *)self;
+    PyObject *data, *region;
+    Write *write;
+    uint32_t length;
+
+    if (!PyArg_ParseTuple(args, "OO", &data, &region))
+        return NULL;
+    if (!may_write(sender, region) || !stage(sender, data, (Region *)region, &length))
+        Py_RETURN_NONE;
+    write = write_new(sender);
+    if (!write)
+        return NULL;
+    aim(sender, write, (Region *)region);
+    if (gathered(sender, length)) {
+        Py_DECREF((PyObject *)write);
+        return NULL;
+    }
+    return (PyObject *)write;
+}
+
+/* A write for later: True when it would go this way now. */
+static PyObject *prepare_write(PyObject *self, PyObject *args)
+{
+    Sender *sender = (Sender *)self;
+    PyObject *data, *region;
+    Write *write;
+    uint32_t length;
+
+    if (!PyArg_ParseTuple(args, "OO", &data, &region))
+        return NULL;
+    if (sender->queued && sender_flush(sender))
+        return NULL;
+    if (!sender->open || !table_here(sender->table) || !PyObject_TypeCheck(region, region_type) ||
+        !stage(sender, data, (Region *)region, &length))
+        Py_RETURN_NONE;
+    write = write_new(sender);
+    if (!write)
+        return NULL;
+    write->data = Py_NewRef(data);
+    write->region = (Region *)Py_NewRef(region);
+    return (PyObject *)write;
+}
+
+/* Gathers prepared writes, from the first of a list on; how many, up to the first that needs SendQueue.submit(). */
+static PyObject *post_prepared(PyObject *self, PyObject *args)
+{
+    Sender *sender = (Sender *)self;
+    PyObject *list;
+    Py_ssize_t at;
+    uint32_t length;
+
+    if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &at))
+        return NULL;
+    for (; at < PyList_Size(list); at++) {
+        PyObject *item = PyList_GetItem(list, at);
+        Write *write = (Write *)item;
+
+        if (Py_TYPE(item) != write_type)
+            break;
+        if (write->state != WRITE_NEW) /* cancelled in the meantime */
+            continue;
+        if (!may_write(sender, (PyObject *)write->region) || !stage(sender, write->data, write->region, &length))
+            break;
+        aim(sender, write, write->region);
+        sender->frame[sender->queued++].length = length;
+        if (sender->queued == FRAMES && sender_flush(sender))
+            return NULL;
+    }
+    if (sender_flush(sender))
+        return NULL;
+    return PyLong_FromSsize_t(at);
+}
+
 static PyObject *flush(PyObject *self, PyObject *unused)
 {
     (void)unused;
@@ -245,8 +393,19 @@ static PyObject *forget(PyObject *self, PyObject *unused)
     (void)unused;
     sender->open = 0;
     leave_dirty(sender);
+    for (unsigned int i = 0; i < sender->queued; i++)
+        Py_CLEAR(sender->frame[i].write);
+    sender->queued = 0;
+    writes_forget(sender);
     for (int i = 0; i < GROUPS; i++)
         table_remove(sender->table, sender->groups[i]->wr_id, (PyObject *)sender->groups[i]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *fail_writes(PyObject *self, PyObject *make_error)
+{
+    if (writes_fail((Sender *)self, make_error))
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -265,15 +424,21 @@ static int make_groups(Sender *sender)
 
 static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"table", "qp", "max_inline", "credit_queue", "slot_queue", NULL};
+    static char *names[] = {"table",        "qp",         "cq",       "max_inline", "credit_queue",
+                            "slot_queue",   "connection", "loop",     "governor",   "spins", NULL};
     Sender *sender = (Sender *)self;
-    unsigned long long qp;
+    unsigned long long qp, cq;
     unsigned long max_inline;
-    PyObject *table, *credit_queue, *slot_queue;
+    PyObject *table, *credit_queue, *slot_queue, *connection, *loop, *governor;
+    int spins;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KkOO", names, table_type, &table, &qp, &max_inline, &credit_queue,
-                                     &slot_queue))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKkOOOOOp", names, table_type, &table, &qp, &cq, &max_inline,
+                                     &credit_queue, &slot_queue, &connection, &loop, &governor, &spins))
         return -1;
+    if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
+        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+        return -1;
+    }
     if (sender->table) {
         PyErr_SetString(PyExc_ValueError, "a sender is made once");
         return -1;
@@ -289,6 +454,11 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
         sender->stride = max_inline;
     }
     sender->qp = (struct ibv_qp *)(uintptr_t)qp;
+    sender->cq = (struct ibv_cq *)(uintptr_t)cq;
+    sender->connection = Py_NewRef(connection);
+    sender->loop = Py_NewRef(loop);
+    sender->governor = governor == Py_None ? NULL : (Governor *)Py_NewRef(governor);
+    sender->spins = (char)spins;
     sender->credit_queue = Py_NewRef(credit_queue);
     sender->slot_queue = Py_NewRef(slot_queue);
     sender->table = (Table *)Py_NewRef(table);
@@ -303,6 +473,13 @@ static int sender_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT((PyObject *)sender->ledger);
     Py_VISIT(sender->credit_queue);
     Py_VISIT(sender->slot_queue);
+    Py_VISIT(sender->connection);
+    Py_VISIT(sender->loop);
+    Py_VISIT((PyObject *)sender->governor);
+    for (Write *write = sender->first; write; write = write->next)
+        Py_VISIT((PyObject *)write);
+    for (unsigned int i = 0; i < sender->queued; i++)
+        Py_VISIT((PyObject *)sender->frame[i].write);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -311,6 +488,7 @@ static int sender_clear(PyObject *self)
 {
     ((Sender *)self)->open = 0;
     Py_CLEAR(((Sender *)self)->ledger);
+    Py_CLEAR(((Sender *)self)->connection);
     return 0;
 }
 
@@ -321,8 +499,15 @@ static void sender_dealloc(PyObject *self)
     freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
     PyObject_GC_UnTrack(self);
-    if (sender->table)
+    if (sender->table) {
         leave_dirty(sender);
+        writes_forget(sender);
+    }
+    for (unsigned int i = 0; i < sender->queued; i++)
+        Py_CLEAR(sender->frame[i].write);
+    Py_CLEAR(sender->connection);
+    Py_CLEAR(sender->loop);
+    Py_CLEAR(sender->governor);
     for (int i = 0; i < GROUPS; i++) {
         if (sender->groups[i])
             sender->groups[i]->sender = NULL;
@@ -353,6 +538,13 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 
 static PyMethodDef sender_methods[] = {
     {"send_now", send_now, METH_O, "send_now(data): sends a small message, if nothing holds it up; else False."},
+    {"write_now", write_now, METH_VARARGS,
+     "write_now(data, region): a small write that nothing holds up, under way; else None."},
+    {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): the same, for post_prepared()."},
+    {"post_prepared", post_prepared, METH_VARARGS,
+     "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
+     "other object; returns where that is."},
+    {"fail_writes", fail_writes, METH_O, "fail_writes(make_error): ends the wait for those that are posted."},
     {"flush", flush, METH_NOARGS, "Posts the messages of this turn that were not posted yet."},
     {"forget", forget, METH_NOARGS, "The queue pair is gone: no completion comes any more. Idempotent."},
     {NULL, NULL, 0, NULL},
@@ -368,6 +560,9 @@ static PyMemberDef sender_members[] = {
     {"queued", T_UINT, offsetof(Sender, queued), READONLY, "Messages that wait for flush()."},
     {"reserved", T_LONGLONG, offsetof(Sender, reserved), 0, "Credits promised to operations that wait for a slot."},
     {"wanted_back", T_LONGLONG, offsetof(Sender, wanted_back), 0, "Data credits the peer would like to have back."},
+    {"posted", T_LONGLONG, offsetof(Sender, posted), 0, "Work requests the device has that get a completion."},
+    {"writes", T_UINT, offsetof(Sender, writes), READONLY, "Small writes under way."},
+    {"loop", T_OBJECT, offsetof(Sender, loop), READONLY, "The event loop."},
     {"sent", T_LONGLONG, offsetof(Sender, sent), 0, "Work requests that were posted."},
     {"handed", T_LONGLONG, offsetof(Sender, handed), 0, "Messages that were handed to the device, since the start."},
     {NULL, 0, 0, 0, NULL},
@@ -377,7 +572,7 @@ static PyType_Slot sender_slots[] = {
     {Py_tp_init, sender_init},       {Py_tp_dealloc, sender_dealloc}, {Py_tp_traverse, sender_traverse},
     {Py_tp_clear, sender_clear},     {Py_tp_methods, sender_methods}, {Py_tp_members, sender_members},
     {Py_tp_getset, sender_getset},
-    {Py_tp_doc, "Sender(table, qp, max_inline, credit_queue, slot_queue): small messages on their way out."},
+    {Py_tp_doc, "Sender(table, qp, cq, max_inline, ...): small messages and writes on their way out."},
     {0, NULL},
 };
 

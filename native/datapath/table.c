@@ -5,7 +5,7 @@
  * without one. The entry owns the memory of its request until the completion (or flush) arrives. */
 #include "datapath.h"
 
-#include <errno.h>
+#include <pthread.h>
 
 #define BATCH 64 /* completions of one poll: 2.5 KiB of stack */
 
@@ -76,6 +76,25 @@ bool table_remove(Table *table, uint64_t wr_id, PyObject *entry)
     return true;
 }
 
+/* Asking asyncio which loop runs costs a system call in some versions; the threads of a process are told apart for
+ * free, and a child of fork() by counting. */
+static unsigned long forks;
+
+static void count_fork(void)
+{
+    forks++;
+}
+
+bool table_here(const Table *table)
+{
+    return table->thread == PyThread_get_thread_ident() && table->process == forks;
+}
+
+int table_count_forks(void)
+{
+    return pthread_atfork(NULL, NULL, count_fork);
+}
+
 int table_mark_turn(Table *table)
 {
     PyObject *result;
@@ -141,6 +160,8 @@ static void dispatch(Table *table, const struct glue_wc *wc)
     entry = vacate(table, (uint32_t)wc->wr_id);
     if (Py_TYPE(entry) == buffer_type)
         rc = buffer_completed((Buffer *)entry, wc);
+    else if (Py_TYPE(entry) == write_type)
+        rc = write_completed((Write *)entry, wc);
     else if (Py_TYPE(entry) == group_type)
         rc = group_completed((Group *)entry, wc);
     else
@@ -150,34 +171,94 @@ static void dispatch(Table *table, const struct glue_wc *wc)
         table_unraisable(table);
 }
 
-static PyObject *poll_queue(PyObject *self, PyObject *args)
+/* The queue cannot be polled: the device was pulled out. Says so to the table, which tells everybody. */
+static void lost(Table *table, int error)
 {
-    Table *table = (Table *)self;
+    PyObject *result = PyObject_CallMethod((PyObject *)table, "failed", "i", error);
+
+    if (!result)
+        table_unraisable(table);
+    Py_XDECREF(result);
+}
+
+int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns)
+{
     struct glue_wc wcs[BATCH];
-    unsigned long long cq, spin_ns = 0;
     int got;
 
-    if (!PyArg_ParseTuple(args, "K|K", &cq, &spin_ns))
-        return NULL;
     flush_all(table);
     if (spin_ns) {
         Py_BEGIN_ALLOW_THREADS
-        got = glue_poll_spin((struct ibv_cq *)(uintptr_t)cq, wcs, BATCH, spin_ns);
+        got = glue_poll_spin(cq, wcs, BATCH, spin_ns);
         Py_END_ALLOW_THREADS
     } else {
-        got = glue_poll((struct ibv_cq *)(uintptr_t)cq, wcs, BATCH);
+        got = glue_poll(cq, wcs, BATCH);
     }
     table->polls++;
     if (got <= 0) {
         table->empty_polls++;
-        return PyLong_FromLong(got);
+        if (got < 0)
+            lost(table, -got);
+        return got;
     }
     table->dispatching = 1;
     for (int i = 0; i < got; i++)
         dispatch(table, &wcs[i]);
     table->dispatching = 0;
     table->completions += got;
-    return PyLong_FromLong(got);
+    table->last_hit_ns = now_ns();
+    return got;
+}
+
+static PyObject *poll_queue(PyObject *self, PyObject *cq)
+{
+    unsigned long long address = PyLong_AsUnsignedLongLong(cq);
+    int got;
+
+    if (PyErr_Occurred())
+        return NULL;
+    got = table_poll((Table *)self, (struct ibv_cq *)(uintptr_t)address, 0);
+    return PyLong_FromLong(got > 0 ? got : 0);
+}
+
+static bool inbox_has(PyObject *what)
+{
+    return ((Inbox *)what)->items.count > 0;
+}
+
+/* Of an object with a method done(); one that raises counts as done, and raises again where it is awaited. */
+static bool says_done(PyObject *what)
+{
+    PyObject *done = PyObject_CallMethodObjArgs(what, name_done, NULL);
+    bool is = done != Py_False;
+
+    if (!done)
+        PyErr_Clear();
+    Py_XDECREF(done);
+    return is;
+}
+
+static PyObject *spin(PyObject *self, PyObject *args)
+{
+    unsigned long long cq;
+    PyObject *what, *governor;
+    int once;
+    struct spin how;
+
+    if (!PyArg_ParseTuple(args, "OKOp", &what, &cq, &governor, &once))
+        return NULL;
+    if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
+        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+        return NULL;
+    }
+    how.cq = (struct ibv_cq *)(uintptr_t)cq;
+    how.governor = governor == Py_None ? NULL : (Governor *)governor;
+    how.once = once;
+    how.done = PyObject_TypeCheck(what, inbox_type) ? inbox_has : says_done;
+    how.what = what;
+    if (table_spin((Table *)self, &how))
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *add(PyObject *self, PyObject *entry)
@@ -214,6 +295,8 @@ static PyObject *turned(PyObject *self, PyObject *unused)
     (void)unused;
     table->turn++;
     table->turn_marked = 0;
+    table->stays = 0;
+    table->turn_spent_ns = 0;
     flush_all(table);
     Py_RETURN_NONE;
 }
@@ -225,11 +308,11 @@ static Py_ssize_t table_length(PyObject *self)
 
 static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"schedule", "on_error", NULL};
+    static char *names[] = {"schedule", "on_error", "ready", "inline_cap_ns", NULL};
     Table *table = (Table *)self;
-    PyObject *schedule, *on_error;
+    PyObject *schedule, *on_error, *ready;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &schedule, &on_error))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOL", names, &schedule, &on_error, &ready, &table->inline_cap_ns))
         return -1;
     if (table->schedule) {
         PyErr_SetString(PyExc_ValueError, "a table is made once");
@@ -237,6 +320,9 @@ static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
     }
     table->schedule = Py_NewRef(schedule);
     table->on_error = Py_NewRef(on_error);
+    table->ready = ready == Py_None ? NULL : Py_NewRef(ready);
+    table->thread = PyThread_get_thread_ident();
+    table->process = forks;
     table->turn = 1; /* senders start at 0: their first message is the first of its turn */
     return 0;
 }
@@ -249,6 +335,7 @@ static int table_traverse(PyObject *self, visitproc visit, void *arg)
         Py_VISIT(table->slots[i].entry);
     Py_VISIT(table->schedule);
     Py_VISIT(table->on_error);
+    Py_VISIT(table->ready);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -261,6 +348,7 @@ static int table_clear(PyObject *self)
         Py_CLEAR(table->slots[i].entry);
     Py_CLEAR(table->schedule);
     Py_CLEAR(table->on_error);
+    Py_CLEAR(table->ready);
     return 0;
 }
 
@@ -281,9 +369,13 @@ static PyMethodDef table_methods[] = {
     {"add", add, METH_O, "Puts an entry in a slot; returns the work-request id to post with."},
     {"remove", remove_entry, METH_VARARGS,
      "remove(wr_id, entry): takes out an entry whose completion will not come; False when it is not there."},
-    {"poll", poll_queue, METH_VARARGS,
-     "poll(cq, spin_ns=0): posts what waits for that, polls the queue at this address, spinning so long for the\n"
-     "first completion without the GIL, and hands out what is there. Returns how many, or a negative errno."},
+    {"poll", poll_queue, METH_O,
+     "poll(cq): posts what waits for that, polls the queue at this address once, and hands out what is there; how\n"
+     "many. When the device has failed: 0, after self.failed(errno)."},
+    {"spin", spin, METH_VARARGS,
+     "spin(what, cq, governor, once): polls inside an await, once, and then until what.done() or the time is up:\n"
+     "governor sets the time and learns from the outcome, None is the cap, once ends there. (An Inbox is done when\n"
+     "it has an item.) Calls self.keep_polling() when polling should go on with the loop."},
     {"mark_turn", mark_turn, METH_NOARGS, "Makes the loop call turned() in its next turn, once."},
     {"turned", turned, METH_NOARGS, "A turn of the loop is over: posts what was gathered in it."},
     {NULL, NULL, 0, NULL},
@@ -292,6 +384,14 @@ static PyMethodDef table_methods[] = {
 static PyMemberDef table_members[] = {
     {"dispatching", T_BOOL, offsetof(Table, dispatching), READONLY, "Completions that were polled are handed out."},
     {"turn_marked", T_BOOL, offsetof(Table, turn_marked), READONLY, "turned() will be called."},
+    {"polling", T_BOOL, offsetof(Table, polling), 0, "Polls on turns of the loop."},
+    {"adaptive", T_BOOL, offsetof(Table, adaptive), 0, "Somebody is in adaptive mode, and nobody in busy mode."},
+    {"closed", T_BOOL, offsetof(Table, closed), 0, "Nothing is polled inside awaits any more."},
+    {"waiting", T_LONGLONG, offsetof(Table, waiting), 0, "Operations, not receives, that are posted."},
+    {"last_hit_ns", T_LONGLONG, offsetof(Table, last_hit_ns), 0, "When a poll found something last."},
+    {"spin_ns", T_LONGLONG, offsetof(Table, spin_ns), 0, "Time spent polling in awaits, and on turns of the loop."},
+    {"inline_polls", T_LONGLONG, offsetof(Table, inline_polls), READONLY, NULL},
+    {"inline_hits", T_LONGLONG, offsetof(Table, inline_hits), READONLY, NULL},
     {"completions", T_LONGLONG, offsetof(Table, completions), READONLY, NULL},
     {"stale", T_LONGLONG, offsetof(Table, stale), READONLY, NULL},
     {"polls", T_LONGLONG, offsetof(Table, polls), READONLY, NULL},
@@ -303,7 +403,7 @@ static PyType_Slot table_slots[] = {
     {Py_tp_init, table_init},         {Py_tp_dealloc, table_dealloc}, {Py_tp_traverse, table_traverse},
     {Py_tp_clear, table_clear},       {Py_tp_methods, table_methods}, {Py_tp_members, table_members},
     {Py_sq_length, table_length},
-    {Py_tp_doc, "Table(schedule, on_error): posted work requests, and who gets their completions."},
+    {Py_tp_doc, "Table(schedule, on_error, ready, inline_cap_ns): posted work requests, and who gets their completions."},
     {0, NULL},
 };
 

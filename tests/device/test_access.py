@@ -7,14 +7,13 @@ forged, so that the refusal must come from the peer's device, at the caller, wit
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any
 
 import pytest
 
 from aiordma import Connection, Lease, RemoteRegion
+from aiordma._native._datapath import Grant
 from aiordma.errors import ConnectionLostError, RdmaError, RemoteAccessError, RemoteInvalidRequestError
-from aiordma.regions import Grant
 from aiordma.send_queue import FETCH_ADD
 from tests.device.conftest import MakePair, Pair
 
@@ -22,7 +21,8 @@ pytestmark = pytest.mark.device
 
 
 def forge(remote: RemoteRegion, connection: Connection, **changes: Any) -> RemoteRegion:
-    grant: Grant = dataclasses.replace(remote.grant, connection=connection, revoked=False, **changes)
+    fields = {name: getattr(remote.grant, name) for name in ("name", "address", "length", "rkey", "rights")}
+    grant = Grant(connection, **{**fields, **changes})
     return RemoteRegion(grant, 0, grant.length)
 
 

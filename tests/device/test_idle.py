@@ -19,7 +19,7 @@ async def test_idle(pair: MakePair, mode: str) -> None:
     for _ in range(10):
         await both.client.send(b"warm")
         await both.server.recv()
-    while both.client._adapter.reactor._polling:
+    while both.client._adapter.reactor.polling:
         await asyncio.sleep(0)  # adaptive: until what it learned says that it has waited long enough
     for _ in range(20):
         await asyncio.sleep(

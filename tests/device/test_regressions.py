@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 
 import aiordma
 from aiordma import Config, Connection
+from aiordma._native import ffi
 from aiordma.cq_reactor import CqReactor
 from aiordma.errors import ConnectionLostError, DeviceError, MemoryLimitError, RdmaError
 from aiordma.regions import RemoteRegion
-from aiordma.verbs import QueuePair
+from aiordma.verbs import QpState, QueuePair
 from tests.device.conftest import MakePair
 from tests.device.test_access import forge
 
@@ -112,25 +112,21 @@ async def test_an_operation_cancelled_inside_a_batch_is_not_posted(pair: MakePai
     assert both.client.statistics().requests_posted == posted + 1
 
 
-async def test_a_request_the_device_refuses_fails_and_nothing_follows_it(
-    pair: MakePair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("nbytes", [1, 2000], ids=["inline", "staged"])
+async def test_a_request_the_device_refuses_fails_and_nothing_follows_it(pair: MakePair, nbytes: int) -> None:
     both = await pair()
-    _, remote = await both.region(64)
-
-    def full(*_: Any) -> int:
-        return errno.ENOMEM
-
-    with monkeypatch.context() as patch:
-        patch.setattr(QueuePair, "post_send", full)
-        first = both.client.write(b"1", remote)
+    _, remote = await both.region(4096)
+    both.client._qp._modify(QpState.RESET, ffi.new("struct ibv_qp_attr *"))  # takes no requests there
+    first = both.client.write(bytes(nbytes), remote)
     second = both.client.write
-    with pytest.raises(RdmaError, match="ENOMEM"):
+    with pytest.raises(RdmaError, match="EINVAL"):
         await first
     with pytest.raises(ConnectionLostError):
         await second(b"2", remote)
     await both.client.wait_closed()
-    assert both.client.statistics().send_slots_used == 0
+    statistics = both.client.statistics()
+    assert statistics.send_slots_used == 0
+    assert both.client._sends.posted == both.client._sends.writes == 0
 
 
 async def test_closed_between_the_wake_up_and_the_turn(pair: MakePair) -> None:

@@ -199,6 +199,7 @@ async def test_a_capture_shows_who_said_what(tmp_path: Path) -> None:
         usroce.capture(context, tmp_path / "x.pcap")
         await pair.client.send(b"look here")
         await pair.server.recv()
+        await pair.client.flush()  # acknowledged
         usroce.capture(context, None)
         ours, theirs = (end.route.choice.port.lid for end in pair)
     found = list(packets(tmp_path / "x.pcap"))

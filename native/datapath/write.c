@@ -1,0 +1,571 @@
+/* A small write: an awaitable with the habits of asyncio's futures, which is an entry of the pending table itself.
+ *
+ * Most are awaited at once and complete inside the await, so no future is made before somebody has to wait. Writes of
+ * one queue pair complete in the order they were posted: of those that share a doorbell only the last is signaled,
+ * and its completion is that of all before it. */
+#include "datapath.h"
+
+static bool is_over(const Write *write)
+{
+    return write->state > WRITE_POSTED;
+}
+
+static bool is_done(PyObject *what)
+{
+    return is_over((Write *)what);
+}
+
+/* Calls the callbacks in the next turn of the loop. Errors there are the table's to report. */
+static int schedule_callbacks(Write *write)
+{
+    PyObject *callbacks = write->callbacks, *call_soon, *kwargs = NULL;
+    int rc = 0;
+
+    if (!callbacks)
+        return 0;
+    write->callbacks = NULL;
+    call_soon = PyObject_GetAttrString(write->sender->loop, "call_soon");
+    for (Py_ssize_t i = 0; call_soon && !rc && i < PyList_Size(callbacks); i++) {
+        PyObject *pair = PyList_GetItem(callbacks, i), *args, *handle = NULL;
+
+        args = PyTuple_Pack(2, PyTuple_GetItem(pair, 0), (PyObject *)write);
+        kwargs = PyDict_New();
+        if (args && kwargs && !PyDict_SetItemString(kwargs, "context", PyTuple_GetItem(pair, 1)))
+            handle = PyObject_Call(call_soon, args, kwargs);
+        rc = handle ? 0 : -1;
+        Py_XDECREF(handle);
+        Py_XDECREF(args);
+        Py_XDECREF(kwargs);
+    }
+    if (!call_soon)
+        rc = -1;
+    Py_XDECREF(call_soon);
+    Py_DECREF(callbacks);
+    return rc;
+}
+
+/* The state is final: wakes who waits. -1 and an exception. */
+static int tell(Write *write)
+{
+    PyObject *done, *result = NULL;
+
+    if (write->future) {
+        done = PyObject_CallMethodObjArgs(write->future, name_done, NULL);
+        if (!done)
+            return -1;
+        Py_DECREF(done);
+        if (done == Py_False) {
+            if (write->state == WRITE_DONE)
+                result = PyObject_CallMethodObjArgs(write->future, name_set_result, Py_None, NULL);
+            else if (write->state == WRITE_CANCELLED)
+                result = PyObject_CallMethod(write->future, "cancel", NULL);
+            else
+                result = PyObject_CallMethod(write->future, "set_exception", "O", write->error);
+            if (!result)
+                return -1;
+            Py_DECREF(result);
+        }
+    }
+    return schedule_callbacks(write);
+}
+
+static int end(Write *write, enum write_state state, PyObject *error)
+{
+    if (is_over(write))
+        return 0;
+    write->state = state;
+    write->error = error ? Py_NewRef(error) : NULL;
+    Py_CLEAR(write->data);
+    Py_CLEAR(write->region);
+    return tell(write);
+}
+
+/* A task that waited for the future was cancelled: so is the write, as with any future. */
+static int notice_cancellation(Write *write)
+{
+    PyObject *cancelled;
+    int rc = 0;
+
+    if (is_over(write) || !write->future)
+        return 0;
+    cancelled = PyObject_CallMethod(write->future, "cancelled", NULL);
+    if (!cancelled)
+        return -1;
+    if (cancelled == Py_True)
+        rc = end(write, WRITE_CANCELLED, NULL);
+    Py_DECREF(cancelled);
+    return rc;
+}
+
+/* --- the device -------------------------------------------------------------------------------------- */
+
+int write_posting(Write *write, struct ibv_send_wr *wr)
+{
+    Sender *sender = write->sender;
+
+    if (table_add(sender->table, (PyObject *)write, &write->wr_id))
+        return -1;
+    wr->wr_id = write->wr_id;
+    write->in_table = 1;
+    if (!is_over(write))
+        write->state = WRITE_POSTED;
+    Py_CLEAR(write->data);
+    Py_CLEAR(write->region);
+    Py_INCREF((PyObject *)write);
+    if (sender->last)
+        sender->last->next = write;
+    else
+        sender->first = write;
+    sender->last = write;
+    sender->posted++;
+    sender->table->waiting++;
+    return 0;
+}
+
+/* Takes the first write off the list of its sender; its reference is the caller's. */
+static Write *unlist(Sender *sender)
+{
+    Write *write = sender->first;
+
+    sender->first = write->next;
+    if (!sender->first)
+        sender->last = NULL;
+    write->next = NULL;
+    if (write->in_table)
+        table_remove(sender->table, write->wr_id, (PyObject *)write);
+    write->in_table = 0;
+    sender->writes--;
+    sender->posted--;
+    sender->table->waiting--;
+    return write;
+}
+
+static int failed(Write *write, const struct glue_wc *wc)
+{
+    PyObject *result = PyObject_CallMethod((PyObject *)write->sender, "write_failed", "OII", (PyObject *)write,
+                                           wc->status, wc->vendor_err);
+
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+int write_completed(Write *write, const struct glue_wc *wc)
+{
+    Sender *sender = write->sender;
+    bool last = false;
+    int rc = 0;
+
+    write->in_table = 0;
+    if (wc->status == IBV_WC_SUCCESS && sender->governor && !is_over(write))
+        governor_learn(sender->governor, now_ns() - write->started_ns);
+    Py_INCREF((PyObject *)sender);
+    while (!last && sender->first) {
+        Write *first = unlist(sender);
+
+        last = first == write;
+        if (last && wc->status != IBV_WC_SUCCESS)
+            rc = failed(first, wc);
+        else if (end(first, WRITE_DONE, NULL))
+            table_unraisable(sender->table);
+        Py_DECREF((PyObject *)first);
+    }
+    if (!rc && !sender->open && !sender->posted)
+        rc = call_none((PyObject *)sender, name_idle);
+    if (!rc)
+        rc = sender_pump(sender);
+    Py_DECREF((PyObject *)sender);
+    return rc;
+}
+
+void writes_forget(Sender *sender)
+{
+    while (sender->first)
+        Py_DECREF((PyObject *)unlist(sender));
+}
+
+void writes_drop(Sender *sender, unsigned int count)
+{
+    struct Write *keep = NULL, *write = sender->first;
+
+    for (unsigned int kept = sender->writes; kept > count && write; kept--) {
+        keep = write;
+        write = write->next;
+    }
+    sender->last = keep;
+    if (keep)
+        keep->next = NULL;
+    else
+        sender->first = NULL;
+    while (write) {
+        struct Write *next = write->next;
+
+        write->next = NULL;
+        if (write->in_table)
+            table_remove(sender->table, write->wr_id, (PyObject *)write);
+        write->in_table = 0;
+        sender->writes--;
+        sender->posted--;
+        sender->table->waiting--;
+        Py_DECREF((PyObject *)write);
+        write = next;
+    }
+}
+
+int writes_fail(Sender *sender, PyObject *make_error)
+{
+    for (Write *write = sender->first; write; write = write->next) {
+        PyObject *error;
+
+        if (is_over(write))
+            continue;
+        error = PyObject_CallFunction(make_error, "s", "write");
+        if (!error || end(write, WRITE_FAILED, error)) {
+            Py_XDECREF(error);
+            return -1;
+        }
+        Py_DECREF(error);
+    }
+    return 0;
+}
+
+Write *write_new(Sender *sender)
+{
+    Write *write = (Write *)PyType_GenericAlloc(write_type, 0);
+
+    if (write)
+        write->sender = (Sender *)Py_NewRef((PyObject *)sender);
+    return write;
+}
+
+/* --- the user ---------------------------------------------------------------------------------------- */
+
+/* The future that tasks wait for. A borrowed reference; NULL and an exception. */
+static PyObject *future_of(Write *write)
+{
+    Table *table = write->sender->table;
+
+    if (write->future)
+        return write->future;
+    write->future = PyObject_CallMethod(write->sender->loop, "create_future", NULL);
+    if (write->future && table->adaptive && !table->polling && table->waiting > 1 &&
+        call_none((PyObject *)table, name_keep_polling))
+        return NULL;
+    return write->future;
+}
+
+static PyObject *set_outcome(const Write *write)
+{
+    if (write->state == WRITE_DONE)
+        Py_RETURN_NONE;
+    if (write->state == WRITE_FAILED)
+        PyErr_SetObject((PyObject *)Py_TYPE(write->error), write->error);
+    else if (write->state == WRITE_CANCELLED)
+        PyErr_SetNone(cancelled_error);
+    else
+        PyErr_SetString(invalid_state_error, "the write has not ended");
+    return NULL;
+}
+
+/* Lets the reactor poll for it. */
+static int spin_for(Write *write)
+{
+    Sender *sender = write->sender;
+    struct spin spin = {
+        .cq = sender->cq,
+        .governor = sender->governor,
+        .once = !sender->spins,
+        .done = is_done,
+        .what = (PyObject *)write,
+    };
+
+    if (notice_cancellation(write))
+        return -1;
+    return is_over(write) ? 0 : table_spin(sender->table, &spin);
+}
+
+static PyObject *write_spin(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (spin_for((Write *)self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *write_await(PyObject *self)
+{
+    Write *write = (Write *)self;
+    PyObject *future;
+
+    if (spin_for(write))
+        return NULL;
+    if (is_over(write)) {
+        PyObject *none = set_outcome(write);
+
+        Py_XDECREF(none);
+        return none ? Py_NewRef(ready_iterator) : NULL;
+    }
+    future = future_of(write);
+    return future ? PyObject_CallMethod(future, "__await__", NULL) : NULL;
+}
+
+static PyObject *write_done(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (notice_cancellation((Write *)self))
+        return NULL;
+    return PyBool_FromLong(is_over((Write *)self));
+}
+
+static PyObject *write_cancelled(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (notice_cancellation((Write *)self))
+        return NULL;
+    return PyBool_FromLong(((Write *)self)->state == WRITE_CANCELLED);
+}
+
+static PyObject *write_result(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (notice_cancellation((Write *)self))
+        return NULL;
+    return set_outcome((Write *)self);
+}
+
+static PyObject *write_exception(PyObject *self, PyObject *unused)
+{
+    Write *write = (Write *)self;
+
+    (void)unused;
+    if (notice_cancellation(write))
+        return NULL;
+    if (write->state == WRITE_FAILED)
+        return Py_NewRef(write->error);
+    return set_outcome(write);
+}
+
+static PyObject *write_cancel(PyObject *self, PyObject *args)
+{
+    PyObject *message;
+
+    if (!PyArg_ParseTuple(args, "|O", &message) || notice_cancellation((Write *)self))
+        return NULL;
+    if (is_over((Write *)self))
+        Py_RETURN_FALSE;
+    if (end((Write *)self, WRITE_CANCELLED, NULL))
+        return NULL;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *write_fail(PyObject *self, PyObject *error)
+{
+    if (end((Write *)self, WRITE_FAILED, error))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *write_follow(PyObject *self, PyObject *future)
+{
+    PyObject *cancelled = PyObject_CallMethod(future, "cancelled", NULL), *error;
+    int rc;
+
+    if (!cancelled)
+        return NULL;
+    Py_DECREF(cancelled);
+    if (cancelled == Py_True) {
+        rc = end((Write *)self, WRITE_CANCELLED, NULL);
+    } else {
+        error = PyObject_CallMethod(future, "exception", NULL);
+        if (!error)
+            return NULL;
+        rc = error == Py_None ? end((Write *)self, WRITE_DONE, NULL) : end((Write *)self, WRITE_FAILED, error);
+        Py_DECREF(error);
+    }
+    if (rc)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *write_get_loop(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return Py_NewRef(((Write *)self)->sender->loop);
+}
+
+static PyObject *write_add_done_callback(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"", "context", NULL};
+    Write *write = (Write *)self;
+    Table *table = write->sender->table;
+    PyObject *callback, *context = Py_None, *pair;
+    int rc;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O", names, &callback, &context) || notice_cancellation(write))
+        return NULL;
+    context = context == Py_None ? PyObject_CallFunctionObjArgs(copy_context, NULL) : Py_NewRef(context);
+    if (!context)
+        return NULL;
+    pair = PyTuple_Pack(2, callback, context);
+    Py_DECREF(context);
+    if (!pair)
+        return NULL;
+    if (!write->callbacks)
+        write->callbacks = PyList_New(0);
+    rc = write->callbacks ? PyList_Append(write->callbacks, pair) : -1;
+    Py_DECREF(pair);
+    if (!rc && is_over(write))
+        rc = schedule_callbacks(write);
+    else if (!rc && table->adaptive && !table->polling && table->waiting > 1)
+        rc = call_none((PyObject *)table, name_keep_polling);
+    if (rc)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *write_remove_done_callback(PyObject *self, PyObject *callback)
+{
+    Write *write = (Write *)self;
+    long removed = 0;
+
+    for (Py_ssize_t i = write->callbacks ? PyList_Size(write->callbacks) : 0; i-- > 0;) {
+        PyObject *pair = PyList_GetItem(write->callbacks, i);
+        int same = PyObject_RichCompareBool(PyTuple_GetItem(pair, 0), callback, Py_EQ);
+
+        if (same < 0 || (same && PyList_SetSlice(write->callbacks, i, i + 1, NULL)))
+            return NULL;
+        removed += same;
+    }
+    return PyLong_FromLong(removed);
+}
+
+/* What makes asyncio take it for a future. */
+static PyObject *get_blocking(PyObject *self, void *unused)
+{
+    (void)self;
+    (void)unused;
+    Py_RETURN_FALSE;
+}
+
+static PyObject *write_repr(PyObject *self)
+{
+    static const char *const states[] = {"not posted", "posted", "done", "failed", "cancelled"};
+
+    return PyUnicode_FromFormat("<Write %s>", states[((Write *)self)->state]);
+}
+
+static int write_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Write *write = (Write *)self;
+
+    Py_VISIT((PyObject *)write->sender);
+    Py_VISIT(write->data);
+    Py_VISIT((PyObject *)write->region);
+    Py_VISIT(write->future);
+    Py_VISIT(write->callbacks);
+    Py_VISIT(write->error);
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    return 0;
+}
+
+static int write_clear(PyObject *self)
+{
+    Write *write = (Write *)self;
+
+    Py_CLEAR(write->data);
+    Py_CLEAR(write->region);
+    Py_CLEAR(write->future);
+    Py_CLEAR(write->callbacks);
+    Py_CLEAR(write->error);
+    return 0;
+}
+
+static void write_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
+
+    PyObject_GC_UnTrack(self);
+    if (((Write *)self)->weakrefs)
+        PyObject_ClearWeakRefs(self);
+    write_clear(self);
+    Py_CLEAR(((Write *)self)->sender);
+    free_object(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyMethodDef write_methods[] = {
+    {"done", write_done, METH_NOARGS, "True when it has ended, failed or was cancelled."},
+    {"cancelled", write_cancelled, METH_NOARGS, "True when it was cancelled."},
+    {"result", write_result, METH_NOARGS, "None, or raises as await does; InvalidStateError before the end."},
+    {"exception", write_exception, METH_NOARGS, "The error it failed with, or None."},
+    {"cancel", write_cancel, METH_VARARGS, "Abandons the wait: the write happens all the same, once it is posted."},
+    {"fail", write_fail, METH_O, "fail(error): ends the wait, if it has not ended."},
+    {"follow", write_follow, METH_O, "follow(future): ends as that future did."},
+    {"spin", write_spin, METH_NOARGS, "Polls for it, as await does before it goes to the event loop."},
+    {"get_loop", write_get_loop, METH_NOARGS, "Its event loop."},
+    {"add_done_callback", (PyCFunction)(void (*)(void))write_add_done_callback, METH_VARARGS | METH_KEYWORDS,
+     "As asyncio.Future.add_done_callback()."},
+    {"remove_done_callback", write_remove_done_callback, METH_O, "As asyncio.Future.remove_done_callback()."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef write_getset[] = {
+    {"_asyncio_future_blocking", get_blocking, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef write_members[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Write, weakrefs), READONLY, NULL},
+    {"data", T_OBJECT, offsetof(Write, data), READONLY, "What is to be written; None once it is posted."},
+    {"region", T_OBJECT, offsetof(Write, region), READONLY, "And where."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot write_slots[] = {
+    {Py_tp_dealloc, write_dealloc}, {Py_tp_traverse, write_traverse}, {Py_tp_clear, write_clear},
+    {Py_tp_methods, write_methods}, {Py_tp_getset, write_getset},     {Py_tp_members, write_members},
+    {Py_am_await, write_await},     {Py_tp_iter, write_await},        {Py_tp_repr, write_repr},
+    {Py_tp_doc,
+     "A small write under way, awaitable once or often; what asyncio.Future has, it has.\n\n"
+     "Cancelling abandons the wait: the write happens all the same, once it is posted."},
+    {0, NULL},
+};
+
+PyType_Spec write_spec = {
+    .name = "aiordma._native._datapath.Write",
+    .basicsize = sizeof(Write),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = write_slots,
+};
+
+/* --- an await that is over at once ------------------------------------------------------------------- */
+
+static PyObject *ready_next(PyObject *self)
+{
+    (void)self;
+    return NULL; /* the end, with None as the value */
+}
+
+static void ready_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
+
+    free_object(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyType_Slot ready_slots[] = {
+    {Py_tp_dealloc, ready_dealloc},
+    {Py_tp_iter, PyObject_SelfIter},
+    {Py_tp_iternext, ready_next},
+    {Py_tp_doc, "What the await of something that is done iterates over."},
+    {0, NULL},
+};
+
+PyType_Spec ready_spec = {
+    .name = "aiordma._native._datapath.Ready",
+    .basicsize = sizeof(PyObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = ready_slots,
+};
