@@ -32,6 +32,7 @@ if not __package__:  # python benchmarks/core.py
 
 from benchmarks import machine, programs
 from benchmarks.processes import BenchmarkError, WorkerPair, cores
+from benchmarks.text import note, placement
 
 LOOPS = ("asyncio", "uvloop")
 MODES = ("busy", "adaptive", "event")
@@ -42,11 +43,6 @@ SESSION_DEADLINE = 75.0
 
 #: Name of a contender, and the operation.
 Key = tuple[str, str]
-
-
-def note(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -225,8 +221,7 @@ def header(benchmark: Benchmark) -> list[str]:
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     facts["libibverbs"] = machine.libibverbs_version()
     facts["device"] = f"{options.device}, GID index {options.gid_index}, {options.host}"
-    server, client = benchmark.pin
-    facts["pinned"] = "no" if server is None else f"server to core {server}, client to core {client}"
+    facts["pinned"] = placement(benchmark.pin)
     facts["settings"] = f"{options.size} bytes, {options.rounds} rounds of {options.iterations} operations"
     return ["# Latency of single operations", "", *(f"- {name}: {value}" for name, value in facts.items())]
 

@@ -28,6 +28,7 @@ from aiordma import Config, Connection
 
 from . import machine
 from .processes import BenchmarkError, Child
+from .rounds import Spread
 
 #: Idle clients are many in one process: little memory for each.
 IDLE = Config(receive_credits=4, rendezvous_depth=1, send_depth=8)
@@ -173,13 +174,12 @@ def measure(options: argparse.Namespace) -> None:
 
 def print_result(pairs: list[tuple[float, float]], row: Row, options: argparse.Namespace) -> None:
     """Medians, the ratio with its spread, and the memory of an idle connection."""
-    ratios = sorted(beside / alone for alone, beside in pairs)
-    quarter = len(ratios) // 4
+    ratio = Spread.of([beside / alone for alone, beside in pairs])
     alone, beside = (statistics.median(pair[index] for pair in pairs) for index in (0, 1))
     print(
         f"{options.busy} busy: {alone:.0f} messages/s of {options.size} bytes alone, {beside:.0f} beside "
-        f"{options.idle} idle; ratio {statistics.median(ratios):.3f} (middle half {ratios[quarter]:.3f} to "
-        f"{ratios[-1 - quarter]:.3f})"
+        f"{options.idle} idle; ratio {ratio.median:.3f} (middle half {ratio.low:.3f} to "
+        f"{ratio.high:.3f})"
     )
     for name, text in (("leased", "registered"), ("receives", "of that for receives"), ("rss", "resident")):
         each = (row.after[name] - row.before[name]) / max(1, options.idle)

@@ -78,17 +78,23 @@ def run_pair(
     return lines
 
 
+def figures(lines: Sequence[str]) -> dict[str, float]:
+    """Of a program that prints a figure a line, by its name."""
+    return {name: float(value) for name, value in map(str.split, lines)}
+
+
 def run_c(
     program: Path,
     where: tuple[str, int, str],
     size: int,
     iterations: int,
     pin: tuple[int | None, int | None],
+    env: Mapping[str, str] | None = None,
 ) -> dict[tuple[str, str], float]:
     """One round of verbs_lat; ``where`` is device, GID index, address. Median ns by operation and wait."""
     device, gid_index, host = where
     argv = [str(program), device, str(gid_index), str(size), str(iterations)]
-    lines = run_pair(argv, host, pin)
+    lines = run_pair(argv, host, pin, env)
     return {(operation, wait): float(median) for operation, wait, _, median, _ in map(str.split, lines)}
 
 

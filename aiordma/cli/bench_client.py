@@ -319,7 +319,7 @@ async def measure(where: Where, job: Job, loop: str, *, progress: bool) -> Outco
 
 
 async def _timed(outcome: Outcome, control: Connection, work: list[Call], progress: bool) -> None:
-    before = {"client": usage(control), "server": await _server_usage(control)}
+    before = {"client": usage(control), "server": await server_usage(control)}
     run = _Run(outcome.job.seconds, outcome.job.count)
     outcome.times = run.times
     showing = asyncio.create_task(_show_progress(run, outcome.job)) if progress else None
@@ -333,14 +333,16 @@ async def _timed(outcome: Outcome, control: Connection, work: list[Call], progre
     client = usage(control)
     outcome.usage["client"] = _since(before["client"], client)
     with contextlib.suppress(RdmaError):  # the server has gone: its part is unknown
-        outcome.usage["server"] = _since(before["server"], await _server_usage(control))
+        outcome.usage["server"] = _since(before["server"], await server_usage(control))
 
 
 def _since(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     return {name: after[name] - before[name] for name in after}
 
 
-async def _server_usage(control: Connection) -> dict[str, float]:
+async def server_usage(control: Connection) -> dict[str, float]:
+    """Processor time and spinning of the server's process so far, in seconds, as it says."""
+
     async def ask() -> dict[str, float]:
         await control.send(b"report")
         found: dict[str, float] = json.loads(await control.recv())
