@@ -61,7 +61,7 @@ UNITS = {
 @dataclass(frozen=True)
 class Criterion:
     """The figure of a subject: as it is (``value``), as a multiple of that of ``reference`` (``ratio``), or how
-    far it is above it (``difference``); and the limit for that, at most or at least as the figure's unit has it."""
+    far it is above it (``difference``); and the limit, at most or at least as the figure's unit has it."""
 
     subject: str
     figure: str

@@ -288,7 +288,7 @@ def targets(results: Results) -> list[str]:
         for spin_us, label in ((None, "default Config"), (LONG_SPIN_US, f"inline_spin_us={LONG_SPIN_US}")):
             busy = of(aiordma_name("busy", loop, spin_us))
             adaptive = of(aiordma_name("adaptive", loop, spin_us))
-            found.append(check(f"busy write <= 3 x C ({loop}, {label})", busy, of("C polled"), 3))
+            found.append(check(f"busy write <= 1.5 x C ({loop}, {label})", busy, of("C polled"), 1.5))
             found.append(check(f"adaptive <= 1.2 x busy ({loop}, {label})", adaptive, busy, 1.2))
         for binding in ("pyverbs", "aiordma.verbs"):
             for wait in ("each", "kept"):
