@@ -7,7 +7,8 @@ rounds (A B C ..., A B C ...). Each round gives the median of operations done on
 shows the median of the round medians and their range. Processes and queues are made before the clock starts;
 what is timed runs from the end of one operation to the end of the next.
 
-Rows: C is verbs_lat.c, which does what the await does (one signaled request, its own completion). perftest
+Rows: C is verbs_lat.c, which does what the await does (one signaled request, its own completion): polled at both
+ends, polled while the target of a write or read is asleep, and blocking (event). perftest
 measures writes and sends as half of a ping-pong, so its figures stand apart, as a check on the order of
 magnitude. Between the measured sessions no process of ours runs.
 """

@@ -115,10 +115,10 @@ def criteria(document: Document) -> Iterator[Row]:
 
 # --- plots --------------------------------------------------------------------------------------------------
 
-_WIDTH = 760
+_WIDTH = 900
 _LINE = 22
-_LABEL = 300
-_RIGHT = 90
+_LABEL = 370
+_RIGHT = 150
 _STYLE = (
     "text{font:12px sans-serif;fill:#555}.t{font-weight:bold}.own{fill:#4051b5}.other{fill:#9e9e9e}"
     ".met{fill:#2e7d32;stroke:#2e7d32}.not{fill:#c62828;stroke:#c62828}.goal{stroke:#555;stroke-width:2}"
@@ -165,13 +165,13 @@ def ratios(document: Document) -> str | None:
         y, value = line * _LINE - 5, row["value"]
         kind = "met" if row["met"] else "not"
         x, first, last, goal = (at(v) for v in (value["median"], value["low"], value["high"], row["limit"]))
-        body.append(_text(_LABEL - 8, y + 5, f"{row['subject']}: {row['unit']['name']}", anchor="end"))
+        body.append(_text(_LABEL - 8, y + 5, f"{row['subject']} / {row['reference']}", anchor="end"))
         body.append(
             f'<line class="{kind}" x1="{first:.1f}" x2="{last:.1f}" y1="{y}" y2="{y}" stroke-width="3"/>'
         )
         body.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y}" r="5"/>')
         body.append(f'<line class="goal" x1="{goal:.1f}" x2="{goal:.1f}" y1="{y - 8}" y2="{y + 8}"/>')
-        body.append(_text(_WIDTH - _RIGHT + 20, y + 5, target(row)))
+        body.append(_text(_WIDTH - _RIGHT + 20, y + 5, f"{target(row)}, {row['unit']['name']}"))
     return _svg("Ratio to what it is compared with; the tick is the target", body, len(rows) + 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -26,10 +27,9 @@ DEADLINE = 60.0
 
 
 def build(name: str) -> Path:
-    """The compiled program, made anew when a source is newer. Raises :class:`BenchmarkError`."""
-    program = _folder() / name
-    newest = max(path.stat().st_mtime for path in SOURCES.glob("*.[ch]"))
-    if program.exists() and program.stat().st_mtime >= newest:
+    """The compiled program, made anew for other sources. Raises :class:`BenchmarkError`."""
+    program = _folder() / f"{name}-{_digest()}"
+    if program.exists():
         return program
     unfinished = program.with_suffix(f".{os.getpid()}")
     compiler = os.environ.get("CC", "cc")
@@ -44,6 +44,12 @@ def build(name: str) -> Path:
         raise BenchmarkError(f"{name}.c does not compile: {error}") from None
     unfinished.replace(program)
     return program
+
+
+def _digest() -> str:
+    """Of all sources: checkouts may share the folder, so the times of files say nothing."""
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def _folder() -> Path:

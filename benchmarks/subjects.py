@@ -88,8 +88,9 @@ def operation(name: str, what: str, size: int, mode: str, link: str, outstanding
     return session(name, "operation", mode, link, operation=what, size=size, outstanding=outstanding)
 
 
-def c_write(name: str, link: str, size: int) -> Subject:
-    """verbs_lat.c: one signaled write after the other, polling. ``setting.seconds`` is turned into operations."""
+def c_write(name: str, link: str, size: int, wait: str) -> Subject:
+    """verbs_lat.c: one signaled write after the other, with that way of waiting (polled, asleep, event).
+    ``Setting.seconds`` is turned into operations."""
 
     def measure(setting: Setting) -> Figures:
         program = programs.build("verbs_lat")
@@ -97,7 +98,7 @@ def c_write(name: str, link: str, size: int) -> Subject:
         env = program_environment({"SHM": LINKS[link]})
         where = (setting.device, 0, HOST)
         medians = programs.run_c(program, where, size, iterations, setting.pin, env)
-        return {"p50_us": medians["write", "polled"] / 1000}
+        return {"p50_us": medians["write", wait] / 1000}
 
     return Subject(name, measure)
 

@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=seconds,
         default=10.0,
-        help="for connecting, and for each round trip",
+        help="for each round trip (default: 10)",
     )
     add_end_options(parser)
 
@@ -93,12 +93,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _ping(args: argparse.Namespace, where: Where, pings: Pings) -> None:
-    import dataclasses
-
     from .bench_server import Setup, about, route_text
 
     started = time.perf_counter()
-    where = dataclasses.replace(where, timeout=args.timeout)
     async with where.connection(Setup("echo", args.size)) as (connection, pings.server):
         pings.bootstrap = time.perf_counter() - started
         pings.client = about(connection, args.loop)
