@@ -165,6 +165,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.rounds, options.seconds = 1, min(options.seconds, QUICK_SECONDS)
         options.no_page = True
+        if options.results == RESULTS:  # what was measured in earnest stays
+            options.results = RESULTS / "quick"
     return options
 
 

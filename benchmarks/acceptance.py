@@ -51,7 +51,7 @@ class Unit:
 UNITS = {
     "p50_us": Unit("us, p50"),
     "cpu_us": Unit("us of CPU"),
-    "per_second": Unit("1000/s", 1e-3, lower_is_better=False),
+    "per_second": Unit("k/s", 1e-3, lower_is_better=False),
     "gb_per_s": Unit("GB/s", lower_is_better=False),
     "share_percent": Unit("% of a core"),
     "ms": Unit("ms"),

@@ -76,7 +76,7 @@ def spread(row: Row) -> str:
 
 
 def target(row: Row) -> str:
-    """``<= 0.30 x``, ``<= +2.5 us``, ``>= 1000 1000/s``."""
+    """``<= 0.30 x``, ``<= +2.5 us``, ``>= 1000 k/s``."""
     sign = "<=" if row["unit"]["lower_is_better"] else ">="
     return f"{sign} {_compared(row, row['limit'])}"
 
@@ -191,7 +191,7 @@ def _svg(title: str, body: Sequence[str], lines: int) -> str:
 #: Plots of contests: file name, contest, figure, unit, scale.
 PLOTS = (
     ("echo.svg", "echo", "p50_us", "us, p50", 1.0),
-    ("requests.svg", "requests", "per_second", "1000/s", 1e-3),
+    ("requests.svg", "requests", "per_second", "k/s", 1e-3),
     ("blocks.svg", "blocks", "gb_per_s", "GB/s", 1.0),
 )
 

@@ -252,7 +252,7 @@ class TestPage:
     @pytest.mark.parametrize(
         ("criterion", "text"),
         [
-            (Criterion("a", "per_second", 1e6, compare="value"), ">= 1000 1000/s"),
+            (Criterion("a", "per_second", 1e6, compare="value"), ">= 1000 k/s"),
             (Criterion("a", "p50_us", 2.5, "it", "difference"), "<= +2.5 us, p50"),
             (Criterion("a", "gb_per_s", 0.8, "it"), ">= 0.8 x"),
         ],
@@ -310,9 +310,10 @@ class TestCommand:
         assert command.SUITES["rxe"].command == "python -m tools.rxe run -- python -m benchmarks.core"
         assert set(command.DEFAULT) == {"acceptance", *command.SUITES} - {"rxe"}
 
-    def test_a_quick_run_leaves_the_page_alone(self) -> None:
+    def test_a_quick_run_leaves_page_and_results_alone(self) -> None:
         options = command.parse(["--quick"])
         assert (options.rounds, options.no_page) == (1, True)
+        assert options.results != command.parse([]).results
 
     @pytest.mark.parametrize("line", [["nothing"], ["--rounds", "0"], ["--seconds", "0"]])
     def test_a_wrong_command_line(self, line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
