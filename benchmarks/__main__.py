@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import acceptance, page
+from . import acceptance, machine, page
 from .processes import ROOT, cores
 from .rounds import QuietMeter
 from .subjects import Setting
@@ -77,6 +77,7 @@ def run_acceptance(options: argparse.Namespace) -> bool:
     setting = Setting(options.seconds, cores(pin=True), options.device)
     meter = QuietMeter(0.0, 1) if options.quick else QuietMeter()
     run = acceptance.Run(chosen, setting, meter)
+    machine.raise_file_limit()
     done = 0
     interrupted = False
     try:

@@ -224,8 +224,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for rest, in all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every round, as JSON")
     options = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, options.idle + 500)), hard))
+    machine.raise_file_limit()
     roles = {
         "server": lambda: server(),
         "idle": lambda: idle(options.ports[0], options.idle),

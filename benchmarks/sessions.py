@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import resource
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -156,8 +155,6 @@ def main() -> None:
     parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("options", type=json.loads)
     arguments = parser.parse_args()
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             figures = runner.run(SCENARIOS[arguments.scenario](arguments.options))
