@@ -10,7 +10,7 @@ RXE := $(PY) -m tools.rxe run --
 # The virtual machine is slow at compiling: byte code must be written. (Python takes empty for unset.)
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint docs sanitize fuzz bench bench-usroce bench-messaging setup clean
+.PHONY: help demo test lint docs sanitize fuzz bench bench-rxe bench-usroce bench-messaging setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make docs      the documentation as a site, in build-docs/"
 	@echo "make sanitize  the tests with the C code under ASan and UBSan [ARGS=\"pytest arguments\"]"
 	@echo "make fuzz      hostile packets, invented by libFuzzer; needs clang [ARGS=\"SECONDS\"]"
-	@echo "make bench     benchmarks on a soft-RoCE device [ARGS=\"benchmarks.core arguments\"]"
+	@echo "make bench     all benchmarks but bench-rxe; fills docs/performance.md [ARGS=\"benchmarks arguments\"]"
+	@echo "make bench-rxe single operations on a soft-RoCE device beside C and pyverbs [ARGS=\"benchmarks.core arguments\"]"
 	@echo "make bench-usroce  the user-space device beside plain UDP [ARGS=\"benchmarks.usroce arguments\"]"
 	@echo "make bench-messaging  aiordma beside streams, Protocol, ZeroMQ, gRPC, UCX [ARGS=\"benchmarks.messaging arguments\"]"
 	@echo "make setup     only what the others do first: packages, .venv, extension"
@@ -51,6 +52,10 @@ fuzz:
 	@$(PY) -m tools.fuzz $(ARGS)
 
 bench:
+	@$(PYTHON3) tools/setup.py --for bench
+	@$(PY) -m benchmarks $(ARGS)
+
+bench-rxe:
 	@$(PYTHON3) tools/setup.py --for bench
 	@$(RXE) $(PY) -m benchmarks.core $(ARGS)
 

@@ -73,6 +73,12 @@ class Bystanders:
         return max(0.0, others / max(1, total - self._all))
 
 
+def raise_file_limit() -> None:
+    """As many file descriptors as this process and its children may have: a connection has one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def wait_for_rest(share: float, timeout: float) -> float:
     """Until others use less than this share of the cores, or the timeout is over. Returns the seconds it took."""
     started = now = time.monotonic()

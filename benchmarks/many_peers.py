@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from aiordma import Config, Connection
 
 from . import machine
 from .processes import BenchmarkError, Child
+from .rounds import Spread
+from .text import note
 
 #: Idle clients are many in one process: little memory for each.
 IDLE = Config(receive_credits=4, rendezvous_depth=1, send_depth=8)
@@ -37,7 +40,7 @@ _DEADLINE = 120.0
 # --- roles --------------------------------------------------------------------------------------------
 
 
-def report(connections: set[Connection]) -> dict[str, Any]:
+def holdings(connections: set[Connection]) -> dict[str, Any]:
     """What the server holds."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     found = {"rss": pages * resource.getpagesize(), "connections": len(connections)}
@@ -60,7 +63,7 @@ async def server() -> None:
     async with aiordma.serve(handler, "127.0.0.1", 0) as listening:
         print(listening.port, flush=True)
         async for _ in lines():
-            print(json.dumps(report(listening.connections)), flush=True)
+            print(json.dumps(holdings(listening.connections)), flush=True)
 
 
 async def idle(port: int, count: int) -> None:
@@ -155,36 +158,57 @@ class Row:
 
 def measure(options: argparse.Namespace) -> None:
     """Runs it all and prints."""
-    for name, value in machine.describe().items():
-        print(f"{name}: {value}")
     with contextlib.ExitStack() as stack:
         row = Row(stack, options)
         for index in (0, 1):
             row.rate(index)  # the busy grow to what they can use
         pairs = []
-        for number in range(options.rounds):
-            machine.wait_for_rest(0.1, 60)
-            order = (0, 1) if number % 2 == 0 else (1, 0)
+        for turn in range(options.rounds):
+            machine.wait_for_rest(0.1, options.patience / options.rounds)
+            order = (0, 1) if turn % 2 == 0 else (1, 0)
             found = {index: row.rate(index) for index in order}
             pairs.append((found[0], found[1]))
-            print(f"  alone {found[0]:9.0f}/s   with {options.idle} idle {found[1]:9.0f}/s", flush=True)
-        print_result(pairs, row, options)
+            note(f"  alone {found[0]:9.0f}/s   with {options.idle} idle {found[1]:9.0f}/s")
+        results = document(pairs, row, options)
+        print(report(results, options))
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def print_result(pairs: list[tuple[float, float]], row: Row, options: argparse.Namespace) -> None:
-    """Medians, the ratio with its spread, and the memory of an idle connection."""
-    ratios = sorted(beside / alone for alone, beside in pairs)
-    quarter = len(ratios) // 4
-    alone, beside = (statistics.median(pair[index] for pair in pairs) for index in (0, 1))
-    print(
-        f"{options.busy} busy: {alone:.0f} messages/s of {options.size} bytes alone, {beside:.0f} beside "
-        f"{options.idle} idle; ratio {statistics.median(ratios):.3f} (middle half {ratios[quarter]:.3f} to "
-        f"{ratios[-1 - quarter]:.3f})"
+def document(pairs: list[tuple[float, float]], row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """Rates, their ratios, and the memory of an idle connection in bytes."""
+    memory = {
+        name: (row.after[name] - row.before[name]) / max(1, options.idle)
+        for name in ("leased", "receives", "rss")
+    }
+    return {
+        "facts": machine.describe(),
+        "rounds": [{"alone": alone, "beside_idle": beside} for alone, beside in pairs],
+        "ratio": asdict(Spread.of([beside / alone for alone, beside in pairs])),
+        "bytes_of_an_idle_connection": memory,
+        "registered": row.after["registered"],
+        "connections": row.after["connections"],
+    }
+
+
+def report(found: dict[str, Any], options: argparse.Namespace) -> str:
+    """As Markdown."""
+    ratio, memory = found["ratio"], found["bytes_of_an_idle_connection"]
+    alone, beside = (
+        statistics.median(one[name] for one in found["rounds"]) for name in ("alone", "beside_idle")
     )
-    for name, text in (("leased", "registered"), ("receives", "of that for receives"), ("rss", "resident")):
-        each = (row.after[name] - row.before[name]) / max(1, options.idle)
-        print(f"{text} bytes of the server for each idle connection: {each:.0f}")
-    print(f"registered in all: {row.after['registered']} bytes for {row.after['connections']} connections")
+    rows = [
+        (f"messages of {options.size} bytes a second, {options.busy} busy connections alone", f"{alone:.0f}"),
+        (f"the same beside {options.idle} idle ones", f"{beside:.0f}"),
+        ("ratio (middle half)", f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"),
+        ("registered bytes of the server for each idle connection", f"{memory['leased']:.0f}"),
+        ("of that for receives", f"{memory['receives']:.0f}"),
+        ("resident bytes of the server for each idle connection", f"{memory['rss']:.0f}"),
+        (f"registered in all, for {found['connections']} connections", f"{found['registered']:.0f}"),
+    ]
+    facts = [f"- {name}: {value}" for name, value in found["facts"].items()]
+    table = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(["# Ten busy connections beside a thousand", "", *facts, "", *table])
 
 
 def main() -> None:
@@ -197,9 +221,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--size", type=int, default=64, help="bytes of a message")
     parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
+    parser.add_argument("--patience", type=float, default=120, help="seconds to wait for rest, in all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every round, as JSON")
     options = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, options.idle + 500)), hard))
+    machine.raise_file_limit()
     roles = {
         "server": lambda: server(),
         "idle": lambda: idle(options.ports[0], options.idle),

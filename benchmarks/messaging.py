@@ -34,30 +34,19 @@ from pathlib import Path
 if not __package__:  # python benchmarks/messaging.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine, messaging_report
-from benchmarks.messaging_report import QUIET, SCENARIOS, Results, Sample, Scenario
+from benchmarks import messaging_report
+from benchmarks.messaging_report import SCENARIOS, Results, Scenario
+from benchmarks.peers import driver
 from benchmarks.peers.contestants import REFERENCE, Contestant, contestants
-from benchmarks.peers.worker import encode
-from benchmarks.processes import BenchmarkError, Child, answer, cores
+from benchmarks.peers.interface import Unavailable
+from benchmarks.processes import BenchmarkError, cores
+from benchmarks.rounds import QuietMeter, Sample
+from benchmarks.text import note
 
-#: A measurement is repeated, up to so often, while others use the cores; so long (s) all of them wait for rest.
-ATTEMPTS = 3
-PATIENCE = 120.0
 #: The reference is measured again after so many contestants.
 REFERENCE_EVERY = 3
 #: One that has never worked is not asked again after so many failures in a scenario.
 FAILURES = 2
-START_DEADLINE = 60.0
-SESSION_DEADLINE = 60.0
-
-
-def note(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-class Unavailable(Exception):
-    """The contestant cannot take part on this machine; the text says why."""
 
 
 def groups(everyone: list[Contestant], size: int) -> Iterator[list[Contestant]]:
@@ -78,8 +67,7 @@ class Benchmark:
         self.results = Results()
         self.scenarios = [scenario for scenario in SCENARIOS if scenario.name in options.scenarios]
         self.contestants = chosen(contestants(options.device), options.only)
-        self._patience = 0.0 if options.quick else PATIENCE
-        self._attempts = 1 if options.quick else ATTEMPTS
+        self._meter = QuietMeter(0.0, 1) if options.quick else QuietMeter()
 
     def run(self) -> None:
         """All rounds."""
@@ -100,54 +88,23 @@ class Benchmark:
             before = after
 
     def _measure(self, scenario: Scenario, contestant: Contestant) -> Sample | None:
-        """The first quiet one of a few, else the quietest. Why there is none is kept for the report."""
+        """A quiet one, if possible. Why there is none is kept for the report."""
         results, name = self.results, contestant.name
         if name in results.unavailable or results.failures(scenario, name) >= FAILURES:
             return None
-        found: list[Sample] = []
-        for _ in range(self._attempts):
-            self._patience -= machine.wait_for_rest(QUIET, self._patience)
-            try:
-                found.append(self._attempt(scenario, contestant))
-            except Unavailable as error:
-                note(f"{name} cannot take part: {error}")
-                results.unavailable[name] = str(error)
-                return None
-            except (BenchmarkError, OSError) as error:
-                note(f"{name}, {scenario.name}: {error}")
-                results.fail(scenario, name, str(error))
-                break
-            if found[-1].is_quiet:
-                break
-        return min(found, key=lambda sample: sample.others) if found else None
+        try:
+            return self._meter.measure(lambda: self._attempt(scenario, contestant))
+        except Unavailable as error:
+            note(f"{name} cannot take part: {error}")
+            results.unavailable[name] = str(error)
+        except (BenchmarkError, OSError) as error:
+            note(f"{name}, {scenario.name}: {error}")
+            results.fail(scenario, name, str(error))
+        return None
 
-    def _attempt(self, scenario: Scenario, contestant: Contestant) -> Sample:
-        """Both processes, from their start to their end."""
-        bystanders = machine.Bystanders()
-        command = encode(contestant, scenario.name, self.options.seconds)
-        module = [sys.executable, "-m", "benchmarks.peers.worker"]
-        server_core, client_core = self.pin
-        with contextlib.ExitStack() as stack:
-            server = Child([*module, "server", command], server_core)
-            stack.callback(server.end)
-            client = Child([*module, "client", command], client_core)
-            stack.callback(client.end)
-            figures = self._session(server, client)
-        return Sample(figures, bystanders.share())
-
-    def _session(self, server: Child, client: Child) -> dict[str, float]:
-        said = answer(server, START_DEADLINE)
-        if "unavailable" in said:
-            raise Unavailable(said["unavailable"])
-        client.write(str(said["port"]))
-        said = answer(client, SESSION_DEADLINE + 2 * self.options.seconds)
-        if "unavailable" in said:
-            raise Unavailable(said["unavailable"])
-        client.read_rest(SESSION_DEADLINE)
-        server.write("over")
-        server.read_rest(SESSION_DEADLINE)
-        self.results.versions |= said["versions"]
-        figures: dict[str, float] = said["figures"]
+    def _attempt(self, scenario: Scenario, contestant: Contestant) -> dict[str, float]:
+        figures, versions = driver.measure(contestant, scenario.name, self.options.seconds, self.pin)
+        self.results.versions |= versions
         return figures
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.peers.contestants import REFERENCE
-
-#: A measurement is quiet while others use less of the cores.
-QUIET = 0.05
+from benchmarks.rounds import Sample
+from benchmarks.text import number, placement
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,6 @@ SCENARIOS = (
     Scenario("rate", "64 bytes there and back, 64 tasks", "per_second", "1000 requests/s", 1e-3, "request"),
     Scenario("throughput", "1 MiB one way", "gb_per_s", "GB/s", 1, "block"),
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The figures of one measurement, and the share of the cores that others used meanwhile."""
-
-    figures: dict[str, float]
-    others: float
-
-    @property
-    def is_quiet(self) -> bool:
-        """Worth to be kept without another attempt."""
-        return self.others <= QUIET
 
 
 @dataclass(frozen=True)
@@ -124,8 +110,7 @@ def facts(
     versions = {"python": platform.python_version(), "uvloop": importlib.metadata.version("uvloop")}
     versions |= results.versions
     found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    server, client = pin
-    found["pinned"] = "no" if server is None else f"server to core {server}, client to core {client}"
+    found["pinned"] = placement(pin)
     found["settings"] = f"{options.rounds} rounds of {options.seconds:g} s, {options.device}"
     for scenario in SCENARIOS:
         kept = [one for key in results.rows if key[0] is scenario for one in results.kept(*key)]
@@ -136,11 +121,6 @@ def facts(
                 f"between two measurements it changed by {change:.0%} (median; at most {worst:.0%})"
             )
     return found
-
-
-def number(value: float) -> str:
-    """To three digits, or whole."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def cells(results: Results, scenario: Scenario, name: str) -> list[str]:

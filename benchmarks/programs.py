@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -26,10 +27,9 @@ DEADLINE = 60.0
 
 
 def build(name: str) -> Path:
-    """The compiled program, made anew when a source is newer. Raises :class:`BenchmarkError`."""
-    program = _folder() / name
-    newest = max(path.stat().st_mtime for path in SOURCES.glob("*.[ch]"))
-    if program.exists() and program.stat().st_mtime >= newest:
+    """The compiled program, made anew for other sources. Raises :class:`BenchmarkError`."""
+    program = _folder() / f"{name}-{_digest()}"
+    if program.exists():
         return program
     unfinished = program.with_suffix(f".{os.getpid()}")
     compiler = os.environ.get("CC", "cc")
@@ -44,6 +44,12 @@ def build(name: str) -> Path:
         raise BenchmarkError(f"{name}.c does not compile: {error}") from None
     unfinished.replace(program)
     return program
+
+
+def _digest() -> str:
+    """Of all sources: checkouts may share the folder, so the times of files say nothing."""
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def _folder() -> Path:
@@ -78,17 +84,23 @@ def run_pair(
     return lines
 
 
+def figures(lines: Sequence[str]) -> dict[str, float]:
+    """Of a program that prints a figure a line, by its name."""
+    return {name: float(value) for name, value in map(str.split, lines)}
+
+
 def run_c(
     program: Path,
     where: tuple[str, int, str],
     size: int,
     iterations: int,
     pin: tuple[int | None, int | None],
+    env: Mapping[str, str] | None = None,
 ) -> dict[tuple[str, str], float]:
     """One round of verbs_lat; ``where`` is device, GID index, address. Median ns by operation and wait."""
     device, gid_index, host = where
     argv = [str(program), device, str(gid_index), str(size), str(iterations)]
-    lines = run_pair(argv, host, pin)
+    lines = run_pair(argv, host, pin, env)
     return {(operation, wait): float(median) for operation, wait, _, median, _ in map(str.split, lines)}
 
 

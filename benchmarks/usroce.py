@@ -39,6 +39,8 @@ if not __package__:  # python benchmarks/usroce.py
 
 from benchmarks import machine, programs
 from benchmarks.processes import ROOT, BenchmarkError, cores
+from benchmarks.rounds import QUIET
+from benchmarks.text import note, number, placement
 
 HOST = "127.0.0.1"
 LIBRARY = ROOT / "aiordma" / "_native" / "libusroce.so"
@@ -47,7 +49,6 @@ WAITS = ("busy", "blocking")
 #: A measurement is repeated, up to so often, unless the references differ by less and others used less.
 ATTEMPTS = 5
 STEADY = 0.15
-QUIET = 0.05
 #: So long (seconds) a run waits for others to come to rest, all in all.
 PATIENCE = 60.0
 
@@ -117,11 +118,6 @@ class Sample:
         return self.unsteadiness <= STEADY and self.others <= QUIET
 
 
-def note(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
@@ -157,10 +153,10 @@ class Benchmark:
         """All rounds."""
         self.udp = programs.build("udp_pingpong")
         self.verbs = programs.build("verbs_pingpong")
-        for number in range(1, self.options.rounds + 1):
+        for turn in range(1, self.options.rounds + 1):
             for contest in self.contests:
                 self._measure(contest)
-            note(f"round {number} of {self.options.rounds}")
+            note(f"round {turn} of {self.options.rounds}")
 
     def _measure(self, contest: Contest) -> None:
         """One round's sample: the first good one, else the steadiest. The last failure is shown in the report."""
@@ -189,20 +185,15 @@ class Benchmark:
 
     def _run_udp(self, contest: Contest) -> float:
         argv = [str(self.udp), contest.pattern.name, contest.wait, str(self.options.seconds)]
-        figures = self._figures(programs.run_pair(argv, HOST, self.pin))
+        figures = programs.figures(programs.run_pair(argv, HOST, self.pin))
         self.results.lost += int(figures.get("lost", 0))
         return figures[contest.pattern.figure] * contest.pattern.scale
 
     def _run_usroce(self, contest: Contest) -> float:
         argv = [str(self.verbs), self.options.device, str(self.options.gid_index)]
         argv += [contest.pattern.name, contest.wait, str(self.options.seconds)]
-        figures = self._figures(programs.run_pair(argv, HOST, self.pin, self.preloaded))
+        figures = programs.figures(programs.run_pair(argv, HOST, self.pin, self.preloaded))
         return figures[contest.pattern.figure] * contest.pattern.scale
-
-    @staticmethod
-    def _figures(lines: list[str]) -> dict[str, float]:
-        """A figure a line, by its name."""
-        return {name: float(value) for name, value in map(str.split, lines)}
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -212,8 +203,7 @@ def header(benchmark: Benchmark) -> list[str]:
     """Machine, settings, and how quiet it was."""
     options, results = benchmark.options, benchmark.results
     facts = dict(machine.describe())
-    server, client = benchmark.pin
-    facts["pinned"] = "no" if server is None else f"server to core {server}, client to core {client}"
+    facts["pinned"] = placement(benchmark.pin)
     facts["settings"] = f"{options.rounds} rounds, {options.seconds:g} s for each program"
     kept = [sample for contest in results.samples for sample in results.kept(contest)]
     if kept:
@@ -225,11 +215,6 @@ def header(benchmark: Benchmark) -> list[str]:
         )
     facts["packets that UDP lost"] = str(results.lost)
     return ["# usroce beside plain UDP", "", *(f"- {name}: {value}" for name, value in facts.items())]
-
-
-def number(value: float) -> str:
-    """To three digits, or whole."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def summary(values: list[float]) -> str:

@@ -3,12 +3,14 @@
  * A client times, one at a time, what `await conn.write`, `await conn.read` and an echo do on the wire: post
  * one signaled work request (inline where aiordma would), wait for its completion. Unlike perftest's
  * ib_write_lat, which waits for the peer's answering write and halves the round trip, the end of a write is its
- * local completion. Waiting is done twice: polling without pause, and blocking in ibv_get_cq_event with the
- * queue armed beforehand.
+ * local completion. Waiting is done in three ways: polling without pause at both ends (where the target's device is
+ * driven by whoever polls, as usroce is, this matters to writes and reads too); polling while the target sleeps; and
+ * blocking in ibv_get_cq_event with the queue armed beforehand.
  *
  *     verbs_lat DEVICE GID_INDEX SIZE ITERATIONS                   server; prints its TCP port
  *     verbs_lat DEVICE GID_INDEX SIZE ITERATIONS HOST PORT         client; prints a line for each operation:
- *                                                                  operation, wait, minimum, median, p99 (ns)
+ *                                                                  operation, wait (polled, asleep, event),
+ *                                                                  minimum, median, p99 (ns)
  */
 #include "bench.h"
 #include "verbs_lab.h"
@@ -16,7 +18,7 @@
 #define SENDS 16
 #define RECEIVES 16
 #define PAGE 4096UL
-enum { SEND_ID = 1, RECV_ID = 2 };
+enum { SEND_ID = 1, RECV_ID = 2, LOOK_EVERY = 1 << 10 /* polls */ };
 
 /* The buffer has three parts of `area` bytes: what is sent (or read into), what arrives, what the peer may touch. */
 struct session {
@@ -118,11 +120,28 @@ static void answer(struct session *session, int count)
     }
 }
 
+/* The target of writes and reads polls until the client has come to the barrier. */
+static void be_target(struct session *session)
+{
+    char token;
+
+    do
+        for (int i = 0; i < LOOK_EVERY; i++)
+            take_completions(session);
+    while (recv(session->lab.sock, &token, 1, MSG_PEEK | MSG_DONTWAIT) < 0);
+}
+
 static const struct operation {
     const char *name;
     void (*run)(struct session *session);
     int answered; /* the peer takes part */
 } operations[] = {{"write", do_write, 0}, {"read", do_read, 0}, {"echo", do_echo, 1}};
+
+/* An end that answers cannot sleep while the other polls. */
+static const struct wait {
+    const char *name;
+    int events, target_sleeps;
+} waits[] = {{"polled", 0, 0}, {"asleep", 0, 1}, {"event", 1, 1}};
 
 static int compare(const void *a, const void *b)
 {
@@ -131,7 +150,8 @@ static int compare(const void *a, const void *b)
     return (left > right) - (left < right);
 }
 
-static void measure(struct session *session, const struct operation *operation, int warmup, int iterations)
+static void measure(struct session *session, const struct operation *operation, const char *wait, int warmup,
+                    int iterations)
 {
     int64_t *samples = calloc((size_t)iterations, sizeof(*samples)), before, now;
 
@@ -146,26 +166,35 @@ static void measure(struct session *session, const struct operation *operation, 
         before = now;
     }
     qsort(samples, (size_t)iterations, sizeof(*samples), compare);
-    printf("%s %s %lld %lld %lld\n", operation->name, session->events ? "event" : "polled", (long long)samples[0],
-           (long long)samples[iterations / 2], (long long)samples[(int)(iterations * 0.99)]);
+    printf("%s %s %lld %lld %lld\n", operation->name, wait, (long long)samples[0], (long long)samples[iterations / 2],
+           (long long)samples[(int)(iterations * 0.99)]);
     fflush(stdout);
     free(samples);
 }
 
-static void run(struct session *session, int iterations, int client)
+static void run_operation(struct session *session, const struct operation *operation, const struct wait *wait,
+                          int iterations, int client)
 {
     const int warmup = iterations / 10 + 10;
 
-    for (session->events = 0; session->events < 2; session->events++) {
+    lab_barrier(&session->lab);
+    if (client)
+        measure(session, operation, wait->name, warmup, iterations);
+    else if (operation->answered)
+        answer(session, warmup + iterations);
+    else if (!wait->target_sleeps)
+        be_target(session);
+}
+
+static void run(struct session *session, int iterations, int client)
+{
+    for (size_t w = 0; w < sizeof(waits) / sizeof(*waits); w++) {
+        session->events = waits[w].events;
         if (session->events)
             lab_arm(&session->lab);
-        for (size_t i = 0; i < sizeof(operations) / sizeof(*operations); i++) {
-            lab_barrier(&session->lab);
-            if (client)
-                measure(session, &operations[i], warmup, iterations);
-            else if (operations[i].answered)
-                answer(session, warmup + iterations);
-        }
+        for (size_t i = 0; i < sizeof(operations) / sizeof(*operations); i++)
+            if (!operations[i].answered || waits[w].events == waits[w].target_sleeps)
+                run_operation(session, &operations[i], &waits[w], iterations, client);
     }
     lab_barrier(&session->lab);
 }

@@ -10,6 +10,8 @@
  *                 work requests
  *     bandwidth   one way: RDMA WRITEs of 1 MiB, 8 of them outstanding, from one buffer to one buffer. Counted is what
  *                 completed. The target polls (busy) or sleeps in read() on its TCP connection (blocking)
+ *     batch       lists of 64 RDMA WRITEs of 64 bytes, inline, one list after the other; the last of a list is signaled.
+ *                 Counted are writes. The target does as with bandwidth
  *
  * Messages are sent inline, and one in 16 is signaled.
  */
@@ -250,6 +252,42 @@ static void pour(struct session *session)
     timed_report(&timed);
 }
 
+/* --- batch ----------------------------------------------------------------------------------------------------- */
+
+static void prepare_batch(struct session *session)
+{
+    for (int i = 0; i < LIST; i++) {
+        struct ibv_send_wr *wr = &session->sends[i];
+
+        session->send_sges[i] = sge_of(session, (uint64_t)i);
+        *wr = (struct ibv_send_wr){.wr_id = SEND_ID,
+                                   .next = &session->sends[i + 1],
+                                   .sg_list = &session->send_sges[i],
+                                   .num_sge = 1,
+                                   .opcode = IBV_WR_RDMA_WRITE,
+                                   .send_flags = IBV_SEND_INLINE};
+        wr->wr.rdma.remote_addr = session->lab.remote.addr + (uint64_t)i * MESSAGE;
+        wr->wr.rdma.rkey = session->lab.remote.rkey;
+    }
+    session->sends[LIST - 1].send_flags |= IBV_SEND_SIGNALED;
+}
+
+static void batches(struct session *session)
+{
+    uint64_t completed = 0;
+    struct timed timed;
+
+    prepare_batch(session);
+    timed_begin(&timed, session->seconds);
+    do {
+        post_sends(session, LIST);
+        completed += LIST * (uint64_t)wait_for_completions(session);
+    } while (timed_tick(&timed, completed));
+    timed_report(&timed);
+}
+
+/* --- the target of writes ---------------------------------------------------------------------------------------- */
+
 /* Until the client has come to the barrier. */
 static void be_target(struct session *session)
 {
@@ -263,9 +301,9 @@ static void be_target(struct session *session)
     while (recv(session->lab.sock, &token, 1, MSG_PEEK | MSG_DONTWAIT) < 0);
 }
 
-static void check_written(const struct session *session)
+static void check_written(const struct session *session, size_t size)
 {
-    for (size_t i = 0; i < BLOCK; i++)
+    for (size_t i = 0; i < size; i++)
         if (session->lab.buffer[i] != WRITTEN) {
             fprintf(stderr, "the target does not have what was written\n");
             exit(1);
@@ -285,16 +323,16 @@ static void run_messages(struct session *session, int outstanding, int client)
     lab_barrier(&session->lab);
 }
 
-static void run_writes(struct session *session, int client)
+static void run_writes(struct session *session, size_t size, void (*write)(struct session *session), int client)
 {
     memset(session->lab.buffer, client ? WRITTEN : 0, BLOCK);
     if (session->events)
         lab_arm(&session->lab);
     lab_barrier(&session->lab);
-    client ? pour(session) : be_target(session);
+    client ? write(session) : be_target(session);
     lab_barrier(&session->lab);
     if (!client)
-        check_written(session);
+        check_written(session, size);
 }
 
 static void run(struct session *session, const char *pattern, int client)
@@ -304,7 +342,9 @@ static void run(struct session *session, const char *pattern, int client)
     else if (!strcmp(pattern, "rate"))
         run_messages(session, OUTSTANDING, client);
     else if (!strcmp(pattern, "bandwidth"))
-        run_writes(session, client);
+        run_writes(session, BLOCK, pour, client);
+    else if (!strcmp(pattern, "batch"))
+        run_writes(session, LIST * MESSAGE, batches, client);
     else
         fprintf(stderr, "no pattern %s\n", pattern);
 }

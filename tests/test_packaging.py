@@ -57,6 +57,36 @@ def test_bare_import_is_light() -> None:
     assert run_python(f"import aiordma, sys; print(sorted({heavy} & set(sys.modules)))") == "[]\n"
 
 
+def test_bare_import_loads_the_settings_and_the_errors_only() -> None:
+    loaded = run_python(
+        "import aiordma, sys\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('aiordma')))\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))\n"
+    ).splitlines()
+    assert loaded[0].split() == ["aiordma", "aiordma._version", "aiordma.config", "aiordma.errors"]
+    # Beside the package: what .pth files of the environment load, whatever is imported.
+    bare = run_python("import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))").split()
+    assert set(loaded[1].split()) - set(bare) == {"aiordma"}
+
+
+@pytest.mark.parametrize("name", ["Connection", "Lease", "RemoteRegion", "devices"])
+def test_pydantic_is_for_the_bootstrap(name: str) -> None:
+    printed = run_python(f"from aiordma import {name}; import sys; print('pydantic' in sys.modules)")
+    assert printed == "False\n"
+
+
+def test_every_public_name_is_there_and_stays_the_same_object() -> None:
+    printed = run_python(
+        "import aiordma\n"
+        "assert set(aiordma.__all__) <= set(dir(aiordma))\n"
+        "first = {name: getattr(aiordma, name) for name in aiordma.__all__}\n"
+        "import aiordma.connect\n"
+        "print(all(getattr(aiordma, name) is value for name, value in first.items()))\n"
+        "print(callable(aiordma.connect))\n"
+    )
+    assert printed.split() == ["True", "True"]
+
+
 def test_one_version() -> None:
     import aiordma
 

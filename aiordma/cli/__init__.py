@@ -17,7 +17,7 @@ from .._version import __version__
 from ..errors import RdmaError
 
 #: The subcommands, in the order of the help text.
-COMMANDS = ("devices", "doctor", "call", "usroce")
+COMMANDS = ("devices", "doctor", "ping", "bench", "call", "usroce")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

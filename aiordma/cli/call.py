@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RdmaError
+from .options import add_client_options, address, client_tls
 from .output import print_json, table
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _KINDS = ("unary", "server_stream", "client_stream", "bidi")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this subcommand."""
-    parser.add_argument("address", metavar="HOST:PORT", type=_address, help="the server's TCP bootstrap")
+    parser.add_argument("address", metavar="HOST:PORT", type=address, help="the server's TCP bootstrap")
     parser.add_argument("method", metavar="METHOD", nargs="?", help="such as kv/get; without one, the list")
     parser.add_argument("--list", action="store_true", help="list the methods, or show METHOD with its types")
     parser.add_argument(
@@ -52,17 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--timeout", metavar="SECONDS", type=float, default=10.0, help="for all (default: 10)"
     )
     parser.add_argument("--kind", choices=_KINDS, help="of the method, for a server that does not tell")
-    parser.add_argument(
-        "--device", metavar="NAME", help="the RDMA device (default: one that reaches the peer)"
-    )
-    parser.add_argument("--token", help="a secret that the server knows")
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    add_client_options(parser)
 
 
 def _json(text: str) -> bytes:
@@ -93,7 +84,9 @@ async def _run(args: argparse.Namespace) -> None:
     host, port = args.address
     try:
         async with asyncio.timeout(args.timeout):
-            connecting = connect(host, port, device=args.device, token=args.token, timeout=None)
+            connecting = connect(
+                host, port, device=args.device, ssl=client_tls(args), token=args.token, timeout=None
+            )
             async with connecting as connection, RpcClient(connection) as client:
                 if args.list or args.method is None:
                     await _list(client, args.method)
