@@ -1,0 +1,374 @@
+"""Small messages and small writes, which go from the call to the device in C (native/datapath)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+
+import aiordma
+from aiordma import Config, Connection
+from aiordma._native._datapath import Write
+from aiordma.errors import ConnectionClosedError, ConnectionLostError, MisuseError, RemoteAccessError
+from aiordma.protocol.frames import HEADER_SIZE
+from tests.device.conftest import MakePair
+from tests.device.test_access import forge
+
+pytestmark = pytest.mark.device
+
+
+#: A window of its own: so many messages need no receiver.
+OWN_WINDOW = Config(shared_receives=0)
+
+
+def small(connection: Connection) -> int:
+    """The largest message that travels inline."""
+    return connection._qp.max_inline - HEADER_SIZE
+
+
+# --- messages -----------------------------------------------------------------------------------------
+
+
+async def test_messages_of_both_ways_keep_their_order(pair: MakePair) -> None:
+    both = await pair()
+    limit = small(both.client)
+    sizes = [0, 1, limit - 1, limit, limit + 1, 3000, 7, both.client.eager_size, 5] * 20
+    messages = [bytes([i % 251]) * size for i, size in enumerate(sizes)]
+
+    async def send() -> None:
+        for message in messages:
+            await both.client.send(message)
+
+    sender = asyncio.ensure_future(send())
+    for message in messages:
+        assert await both.server.recv() == message
+    await sender
+
+
+async def test_a_turn_shares_a_doorbell_and_nothing_waits_for_its_end(pair: MakePair) -> None:
+    """The first message leaves at once; the others leave when somebody polls, at the latest when the turn ends."""
+    both = await pair(OWN_WINDOW)
+    sends = both.client._sends
+    await asyncio.sleep(0)
+    for i in range(10):
+        assert both.client.send(b"%d" % i).done()
+        assert sends.queued == i
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert sends.queued == 0
+    assert [await both.server.recv() for _ in range(10)] == [b"%d" % i for i in range(10)]
+
+
+async def test_what_is_sent_may_change_at_once(pair: MakePair) -> None:
+    both = await pair()
+    data = bytearray(b"first")
+    await both.client.send(data)
+    await both.client.send(memoryview(data)[1:3])
+    data[:] = b"later"
+    assert [await both.server.recv(), await both.server.recv()] == [b"first", b"ir"]
+
+
+async def test_writes_and_messages_arrive_in_the_order_they_were_issued(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(64)
+    for i in range(200):
+        both.client.write(i.to_bytes(8, "big"), remote)
+        both.client.send(b"written")
+        assert await both.server.recv() == b"written"
+        assert int.from_bytes(bytes(lease)[:8], "big") >= i
+
+
+async def test_more_messages_than_go_without_a_slot(pair: MakePair) -> None:
+    both = await pair(Config(receive_credits=1000, shared_receives=0))
+    sends = [both.client.send(b"%d" % i) for i in range(1000)]
+    for i in range(1000):
+        assert await both.server.recv() == b"%d" % i
+    await asyncio.gather(*sends)
+
+
+# --- what has arrived ---------------------------------------------------------------------------------
+
+
+async def test_flush_is_done_when_everything_has_arrived(pair: MakePair) -> None:
+    both = await pair(OWN_WINDOW)
+    assert both.client.flush().done(), "nothing was sent"
+    for i in range(50):
+        await both.client.send(b"%d" % i)
+    await both.client.flush()
+    both.server._adapter.reactor.poll_now()
+    received = both.server.statistics()
+    assert received.messages_received == received.messages_queued == 50
+    assert both.client.flush().done()
+
+
+async def test_flush_by_several_at_once_and_cancelled(pair: MakePair) -> None:
+    both = await pair()
+    await both.client.send(b"1")
+    first, second = both.client.flush(), both.client.flush()
+    await both.client.send(b"2")
+    third = both.client.flush()
+    first.cancel()
+    await asyncio.gather(second, third)
+    assert [await both.server.recv() for _ in range(2)] == [b"1", b"2"]
+
+
+async def test_flush_fails_with_the_connection(pair: MakePair) -> None:
+    both = await pair()
+    await both.client.send(b"1")
+    flushed = both.client.flush()
+    both.client.close()
+    with pytest.raises(ConnectionClosedError):
+        await flushed
+    with pytest.raises(ConnectionClosedError):
+        both.client.flush()
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 40])
+async def test_what_was_sent_arrives_though_the_sender_closes(pair: MakePair, count: int) -> None:
+    both = await pair(OWN_WINDOW)
+    for i in range(count):
+        await both.client.send(b"%d" % i)
+    both.client.close()
+    assert [message async for message in both.server] == [b"%d" % i for i in range(count)]
+    await both.client.wait_closed()
+
+
+async def test_both_close_with_messages_under_way(pair: MakePair) -> None:
+    both = await pair(Config(close_timeout=5.0))
+    await both.client.send(b"from the client")
+    await both.server.send(b"from the server")
+    both.client.close()
+    both.server.close()
+    async with asyncio.timeout(10):
+        await asyncio.gather(both.client.wait_closed(), both.server.wait_closed())
+
+
+# --- a write as a future ------------------------------------------------------------------------------
+
+
+async def test_a_write_is_a_future(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(64)
+    loop = asyncio.get_running_loop()
+    write = both.client.write(b"a", remote)
+    assert isinstance(write, Write)
+    assert asyncio.isfuture(write)
+    assert asyncio.ensure_future(write) is write
+    assert write.get_loop() is loop
+    assert await write is None
+    assert await write is None, "as often as one likes"
+    assert (write.done(), write.cancelled(), write.result(), write.exception()) == (True, False, None, None)
+    assert not write.cancel()
+    assert bytes(lease)[:1] == b"a"
+
+
+async def test_what_asyncio_does_with_futures(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(64)
+    write = both.client.write
+    assert await asyncio.gather(*[write(b"%d" % i, remote[i:]) for i in range(10)]) == [None] * 10
+    assert bytes(lease)[:10] == b"0123456789"
+    done, pending = await asyncio.wait([write(b"x", remote[i:]) for i in range(10)])
+    assert len(done) == 10
+    assert not pending
+    for future in asyncio.as_completed([write(b"y", remote[i:]) for i in range(5)]):
+        assert await future is None
+    assert await asyncio.shield(write(b"z", remote)) is None
+    assert await asyncio.wait_for(write(b"z", remote), 10) is None
+    async with asyncio.TaskGroup() as group:
+
+        async def one() -> None:
+            await write(b"t", remote)
+
+        for _ in range(20):
+            group.create_task(one())
+    assert bytes(lease)[:5] == b"tyyyy"
+
+
+async def test_done_callbacks(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
+    calls: list[Any] = []
+    write = both.client.write(b"a", remote)
+
+    def callback(of: Any) -> None:
+        calls.append((of, variable.get()))
+
+    def removed(of: Any) -> None:
+        raise AssertionError("it was removed")
+
+    variable.set("then")
+    write.add_done_callback(callback)
+    write.add_done_callback(removed)
+    write.add_done_callback(removed)
+    assert write.remove_done_callback(removed) == 2
+    variable.set("later")
+    await write
+    assert calls == [], "in the next turn of the loop"
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert calls == [(write, "then")]
+    write.add_done_callback(callback)
+    await asyncio.sleep(0)
+    assert calls[1:] == [(write, "later")]
+
+
+async def test_a_cancelled_write(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    write = both.client.write(b"a", remote)
+    called = asyncio.Event()
+    write.add_done_callback(lambda _: called.set())
+    assert write.cancel()
+    assert write.cancelled()
+    assert not write.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await write
+    with pytest.raises(asyncio.CancelledError):
+        write.exception()
+    await called.wait()
+    await both.client.write(b"b", remote)
+
+
+async def test_a_task_that_waits_for_a_write_is_cancelled(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    for i in range(50):
+        writes = [both.client.write(b"a", remote) for _ in range(3)]
+
+        async def wait_for_them(writes: list[asyncio.Future[Any]] = writes) -> None:
+            for write in writes:
+                await write
+
+        task = asyncio.ensure_future(wait_for_them())
+        for _ in range(i % 4):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+    await both.client.write(b"b", remote)
+    assert both.client._sends.writes == both.client._sends.posted == 0
+
+
+async def test_an_unfinished_write_has_no_result(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    both.client.write(b"first", remote)
+    write = both.client.write(b"gathered, and not posted yet", remote)
+    assert not write.done()
+    for ask in (write.result, write.exception):
+        with pytest.raises(asyncio.InvalidStateError):
+            ask()
+    await write
+
+
+async def test_a_refused_write_tells_everybody(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    bad = forge(remote, both.client, address=remote.address + 4096)
+    write = both.client.write(b"x", bad)
+    others = [both.client.write(b"y", remote) for _ in range(100)]
+    with pytest.raises(RemoteAccessError):
+        await write
+    for other in others:
+        with pytest.raises(ConnectionLostError):
+            await other
+    assert isinstance(write.exception(), RemoteAccessError)
+    await both.client.wait_closed()
+
+
+async def test_writes_that_are_refused_before_anything_is_sent(pair: MakePair) -> None:
+    both, other = await pair(), await pair()
+    _, remote = await both.region(64)
+    with pytest.raises(MisuseError, match="does not fit"):
+        both.client.write(bytes(65), remote)
+    with pytest.raises(MisuseError, match="another connection"):
+        other.client.write(b"x", remote)
+    await both.server.unshare(remote.name)
+    while not remote.grant.revoked:
+        await asyncio.sleep(0)
+    with pytest.raises(MisuseError, match="revoked"):
+        both.client.write(b"x", remote)
+    assert both.client.statistics().requests_posted == 0
+
+
+async def test_a_write_that_nobody_awaits_is_forgotten_when_it_is_done(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    write = both.client.write(b"x", remote)
+    gone = weakref.ref(write)
+    del write
+    await both.client.write(b"y", remote)
+    gc.collect()
+    assert gone() is None
+
+
+async def test_a_batch_beyond_what_goes_without_a_slot(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(4096)
+    async with both.client.batch() as batch:
+        writes = [batch.write(i.to_bytes(8, "big"), remote[8 * i :]) for i in range(500)]
+        value = batch.fetch_add(remote[:8], 0)
+        writes[3].cancel()
+    assert value.result() is not None
+    numbers = [int.from_bytes(bytes(lease)[8 * i : 8 * i + 8], "big") for i in range(500)]
+    assert numbers == [0 if i == 3 else i for i in range(500)]
+
+
+async def test_a_batch_whose_body_raises_writes_nothing(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(64)
+    with pytest.raises(KeyError):
+        async with both.client.batch() as batch:
+            write = batch.write(b"x", remote)
+            raise KeyError
+    assert write.cancelled()
+    await both.client.write(b"y", remote[1:])
+    assert bytes(lease)[:2] == b"\0y"
+
+
+# --- where it may be used -----------------------------------------------------------------------------
+
+
+async def test_another_thread_is_refused(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    caught: list[Exception] = []
+
+    def elsewhere() -> None:
+        for call in (lambda: both.client.send(b"x"), lambda: both.client.write(b"x", remote)):
+            try:
+                call()
+            except MisuseError as error:
+                caught.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    while thread.is_alive():
+        await asyncio.sleep(0)
+    thread.join()
+    assert [type(error).__name__ for error in caught] == ["WrongLoopError", "WrongLoopError"]
+
+
+async def test_nothing_is_left_of_connections(listen: Any) -> None:
+    """Senders, receivers and their buffers are collected, whatever refers to what."""
+    server, acceptor = await listen()
+    gone = []
+    for _ in range(5):
+        connection = await aiordma.connect("127.0.0.1", server.port)
+        accepted = await acceptor.accepted.get()
+        await connection.send(b"x")
+        await accepted.recv()
+        gone += [weakref.ref(connection), weakref.ref(connection._sends), weakref.ref(connection._receives)]
+        for end in (connection, accepted):
+            end.close()
+            await end.wait_closed()
+        del connection, accepted, end
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
