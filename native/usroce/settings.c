@@ -219,7 +219,7 @@ static void set_defaults(struct settings *settings)
     settings->default_addresses = true;
     settings->socket_buffer = SOCKET_BUFFER;
     settings->gso = true;
-    settings->shm = false; /* until it has been in use for longer */
+    settings->shm = true;
 }
 
 /* An empty variable is one that is not set. */

@@ -18,6 +18,7 @@
  *   wire.[ch]    headers of RoCE v2, the opcode table, bounds-checked parse
  *   icrc.[ch]    the invariant CRC
  *   link.h, link_udp.c, link_shm.c, link_fault.c, link_pcap.c   what frames travel over
+ *   shm.h, shm_setup.c, shm_channel.c   of the shared-memory link: who may have a channel, and those there are
  *   ring.[ch]    frames in memory that two processes share
  *   idmap.[ch]   numbers to objects
  *   names.c      ibv_wc_status_str() and the like

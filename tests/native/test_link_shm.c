@@ -370,16 +370,19 @@ static int memory(off_t size, int seals)
 static bool is_taken(struct side *side, const void *hello, size_t size, const int *passed, int count)
 {
     uint64_t before = side->counters.shm_refused;
-    int fd = call(side), rc;
-    char byte;
+    int fd = call(side);
+    char byte = 2;
+    bool taken;
 
     greet(fd, hello, size, passed, count);
     pump(side);
-    rc = (int)recv(fd, &byte, 1, MSG_DONTWAIT);
+    check(recv(fd, &byte, 1, MSG_DONTWAIT) == 1, "an answer");
+    taken = byte == 0;
+    check(taken || (byte == 1 && recv(fd, &byte, 1, MSG_DONTWAIT) == 0), "a refusal, and the end");
     close(fd);
     pump(side);
-    check(rc == 1 || side->counters.shm_refused == before + 1, "a refusal is counted");
-    return rc == 1;
+    check(side->counters.shm_refused == before + !taken, "a refusal is counted");
+    return taken;
 }
 
 static void bad_greetings(void)
@@ -419,6 +422,51 @@ static void bad_greetings(void)
     close(small);
     close(plain);
     check(descriptors() == before, "no descriptor is left");
+    close_side(&a);
+}
+
+/* Who dies while a channel is set up refuses nothing, and nothing is left of it. */
+static void gone_in_the_middle(void)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    struct hello hello = right_hello(4000);
+    struct endpoint self = endpoint("127.0.0.1", 5);
+    struct sockaddr_un name;
+    socklen_t size = name_of(&self, &name);
+    int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0), fd, passed, before;
+    struct side a;
+
+    need(!bind(listener, (const struct sockaddr *)(const void *)&name, size) && !listen(listener, 5), "a name");
+    open_shm(&a, "127.0.0.1");
+    before = descriptors();
+    close(call(&a)); /* before it was accepted */
+    pump(&a);
+    fd = call(&a);
+    pump(&a);
+    close(fd); /* without a greeting */
+    pump(&a);
+    fd = call(&a);
+    passed = memory(sizeof(struct ring_shared), seals);
+    greet(fd, &hello, sizeof(hello), &passed, 1);
+    close(passed);
+    close(fd); /* before the answer */
+    pump(&a);
+    for (int i = 0; i < 3; i++) {
+        a.link->ops->prepare(a.link, &self);
+        fd = accept(listener, NULL, NULL);
+        need(fd >= 0, "a connection");
+        close(fd); /* instead of an answer */
+        pump(&a);
+    }
+    check(!a.counters.shm_refused && !a.counters.shm_peers, "nobody was refused");
+    check(a.link->ops->sleep(a.link) && descriptors() == before, "nothing is left of them");
+    a.link->ops->prepare(a.link, &self);
+    fd = accept(listener, NULL, NULL);
+    need(fd >= 0 && send(fd, "\1", 1, MSG_NOSIGNAL) == 1, "a refusal");
+    pump(&a);
+    check(a.counters.shm_refused == 1 && !a.counters.shm_peers, "who refuses is counted");
+    close(fd);
+    close(listener);
     close_side(&a);
 }
 
@@ -800,6 +848,7 @@ int main(void)
     RUN(last_words());
     RUN(other_user());
     RUN(bad_greetings());
+    RUN(gone_in_the_middle());
     RUN(garbage_in());
     RUN(garbage_out());
     RUN(rude_listener());
