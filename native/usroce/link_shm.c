@@ -322,17 +322,21 @@ static bool shm_has_room(struct link *link, const struct endpoint *to, uint32_t 
 {
     struct shm_link *shm = shm_of(link);
     struct channel *channel = shm_open_channel(shm, to);
-    uint32_t room;
 
     if (!channel)
         return true;
-    if (!ring_room(&channel->out, &room)) {
+    switch (ring_room(&channel->out, RESERVE + 2 * ring_entry(size))) { /* the end of the ring may be skipped */
+    case RING_OK:
+        channel->short_of_room = false;
+        return true;
+    case RING_FULL:
+        channel->short_of_room = true;
+        return false;
+    default:
         shm->link.counters->shm_refused++;
         shm_drop_producer(shm, channel);
         return true;
     }
-    channel->short_of_room = room < RESERVE + 2 * ring_entry(size); /* the end of the ring may be skipped */
-    return !channel->short_of_room;
 }
 
 /* --- sleep --------------------------------------------------------------------------------------------------- */

@@ -27,6 +27,8 @@ enum {
     RTO_MIN = 1000 * 1000,      /* ns */
     RTO_FIRST = 16 * 1000 * 1000, /* before a round trip was measured */
     BACKOFF_MAX = 16,
+    ROOM_WAIT = 10 * 1000 * 1000,   /* ns that an unreliable service waits for room on the link */
+    ROOM_PAUSE = 100 * 1000 * 1000, /* ... and how long not again after that was in vain */
 };
 
 static struct send_wqe *wqe_at(const struct sq *sq, uint32_t index)
@@ -399,6 +401,30 @@ static bool starves(struct context *ctx, struct qp *qp)
     return true;
 }
 
+/* An unreliable service waits for room too, or a burst would be lost that the peer is about to take; but not for long,
+ * for a peer that takes nothing must not hold up what goes to others. Then what finds no room is lost, as on any
+ * wire. Its timer has no other use. */
+static bool waits_for_room(struct context *ctx, struct qp *qp, uint64_t now)
+{
+    if (now < qp->req.no_wait_until || req_has_room(qp)) {
+        qp->deadline = NEVER;
+        return false;
+    }
+    if (qp->deadline == NEVER)
+        timer_set(ctx, qp, now + ROOM_WAIT);
+    progress_starved(ctx, qp);
+    return true;
+}
+
+bool req_has_room(const struct qp *qp)
+{
+    const struct send_wqe *wqe = wqe_at(&qp->sq, qp->sq.cursor);
+
+    if (qp->base.qp_type != IBV_QPT_UD)
+        return tx_has_room(qp->slot, &qp->remote, qp->mtu);
+    return qp->sq.cursor == qp->sq.head || tx_has_room(wqe->slot, &wqe->to, wqe->length);
+}
+
 /* One packet of a SEND or WRITE. */
 static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
 {
@@ -424,6 +450,8 @@ static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_w
         if (in_flight(req) >= req->window || starves(ctx, qp))
             return STEP_BLOCKED;
         packet.ack_request = asks_for_ack(req, last);
+    } else if (waits_for_room(ctx, qp, now)) {
+        return STEP_BLOCKED;
     }
     tx_begin(ctx, &out, qp->slot, &qp->remote);
     out.traffic_class = qp->attr.ah_attr.grh.traffic_class;
@@ -441,7 +469,7 @@ static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_w
     return last ? STEP_DONE : STEP_MORE;
 }
 
-static enum step transmit_datagram(struct context *ctx, struct qp *qp, struct send_wqe *wqe)
+static enum step transmit_datagram(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
 {
     struct tx_packet out;
     struct packet packet = {
@@ -455,6 +483,8 @@ static enum step transmit_datagram(struct context *ctx, struct qp *qp, struct se
         .imm = wqe->imm,
     };
 
+    if (waits_for_room(ctx, qp, now))
+        return STEP_BLOCKED;
     tx_begin(ctx, &out, wqe->slot, &wqe->to);
     out.traffic_class = wqe->traffic_class;
     out.head_size = wire_build(out.head, &packet);
@@ -509,7 +539,7 @@ static enum step transmit_step(struct context *ctx, struct qp *qp, struct send_w
     }
     assign_psns(qp, wqe);
     if (qp->base.qp_type == IBV_QPT_UD)
-        return transmit_datagram(ctx, qp, wqe);
+        return transmit_datagram(ctx, qp, wqe, now);
     if (wqe->opcode == IBV_WR_RDMA_READ)
         return transmit_read(ctx, qp, wqe, now);
     if (is_answered(wqe))
@@ -861,6 +891,13 @@ void req_timer(struct context *ctx, struct qp *qp, uint64_t now)
 {
     struct requester *req = &qp->req;
 
+    if (qp->base.qp_type != IBV_QPT_RC) { /* there was no room for so long */
+        if (!req_has_room(qp))
+            req->no_wait_until = now + ROOM_PAUSE;
+        list_del(&qp->in_tx);
+        progress_tx_ready(ctx, qp);
+        return;
+    }
     if (req->rnr_waiting) {
         req->rnr_waiting = false;
         req->last_progress = now;

@@ -300,6 +300,7 @@ struct requester {
     uint64_t srtt, rttvar; /* round trip in ns, smoothed, and how much it varies; 0: not measured */
     uint32_t timed_psn;   /* the PSN whose round trip is being measured */
     uint64_t timed_at;    /* 0: none */
+    uint64_t no_wait_until; /* unreliable: ns; what finds no room on the link before that is lost at once */
 };
 
 struct responder {
@@ -556,6 +557,8 @@ void wr_interface_init(struct qp *qp);
 void req_reset(struct context *ctx, struct qp *qp);
 /* Transmits what windows and `budget` (packets) allow; leaves the QP in context.tx_ready if there is more. */
 void req_transmit(struct context *ctx, struct qp *qp, int budget);
+/* Whether the link would take the packet that is next. */
+bool req_has_room(const struct qp *qp);
 /* A response packet: acknowledgement, read response, atomic answer. */
 void req_receive(struct context *ctx, struct qp *qp, const struct packet *packet);
 void req_timer(struct context *ctx, struct qp *qp, uint64_t now);
