@@ -17,12 +17,6 @@ pytestmark = [pytest.mark.device, pytest.mark.usroce]
 DATA = bytes(range(256)) * 64
 
 
-@pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For this process and those that it starts."""
-    monkeypatch.setenv("AIORDMA_USROCE_SHM", "1")
-
-
 def exchange(end: End) -> None:
     for round in range(20):
         end.write(DATA[: 600 * round + 1], 100, local=1 << 15)
