@@ -153,8 +153,8 @@ class Config:
         default=None,
         metadata={
             "unit": "",
-            "doc": "whether the usroce device uses memory that it shares with peers of the same user on this host; "
-            "both ends must; None: the environment variable AIORDMA_USROCE_SHM, else yes",
+            "doc": "whether the usroce device uses memory shared with peers of the same user on this host; both "
+            "ends must; None: the environment variable AIORDMA_USROCE_SHM, else yes",
         },
     )
     service_level: int = _knob(0, 0, 15, "SL", doc="InfiniBand service level")
