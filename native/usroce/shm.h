@@ -44,6 +44,7 @@ struct shm_link {
     struct link *udp;
     int listener;
     struct channel *out[BUCKETS]; /* by endpoint */
+    struct channel *last_out;     /* looked for last, or NULL */
     struct channel *in;
     uint32_t num_out, num_in;
     struct channel *dirty;

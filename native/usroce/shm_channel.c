@@ -26,11 +26,17 @@ struct channel *shm_find_channel(struct shm_link *shm, const struct endpoint *to
     return channel;
 }
 
-/* The channel through which frames go there, or NULL. */
+/* Nearly always it is the one of the frame before. */
 struct channel *shm_open_channel(struct shm_link *shm, const struct endpoint *to)
 {
-    struct channel *channel = shm->num_out ? shm_find_channel(shm, to) : NULL;
+    struct channel *channel = shm->last_out;
 
+    if (!shm->num_out)
+        return NULL;
+    if (!channel || !same_endpoint(&channel->peer, to)) {
+        channel = shm_find_channel(shm, to);
+        shm->last_out = channel;
+    }
     return channel && channel->state == CHANNEL_OPEN ? channel : NULL;
 }
 
@@ -98,6 +104,8 @@ static void forget_dirty(struct shm_link *shm, struct channel *channel)
 void shm_drop_producer(struct shm_link *shm, struct channel *channel)
 {
     forget_dirty(shm, channel);
+    if (shm->last_out == channel)
+        shm->last_out = NULL;
     unlink_from(shm_bucket_of(shm, &channel->peer), channel);
     shm->num_out--;
     if (channel->state == CHANNEL_OPEN)
