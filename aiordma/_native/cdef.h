@@ -252,6 +252,7 @@ struct usroce_counters {
     uint64_t shm_sent, shm_received;
     uint64_t shm_peers;
     uint64_t shm_refused;
+    uint64_t direct, direct_bytes;
     ...;
 };
 

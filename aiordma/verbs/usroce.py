@@ -5,8 +5,8 @@ sends and receives into a file that Wireshark reads. Both are for tests, and for
 Functions that take a context raise :class:`~aiordma.errors.MisuseError` for any other device.
 
 Settings are of the process, for devices that are opened from then on; they come before the environment
-variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM`` and
-``_MEMLOCK``.
+variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM``,
+``_DIRECT`` and ``_MEMLOCK``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class UsroceCounters:
     drove the device: the program that polls, or the device's own thread. ``shm_sent`` and ``shm_received``
     are the part of ``sent`` and ``received`` that went through memory shared with a peer on this host,
     ``shm_peers`` how many such peers it sends to now, and ``shm_refused`` counts those on this host that stay
-    with UDP because they belong to another user.
+    with UDP because they belong to another user. ``direct`` counts the one-sided operations that were carried
+    out in such a peer's memory without a packet, and ``direct_bytes`` what they moved.
     """
 
     sent: int
@@ -125,6 +126,8 @@ class UsroceCounters:
     shm_received: int
     shm_peers: int
     shm_refused: int
+    direct: int
+    direct_bytes: int
 
 
 # --- a device -----------------------------------------------------------------------------------------

@@ -21,12 +21,15 @@
  * Looking at sockets is a system call, at rings is none. With channels open, sockets are looked at now and then
  * while polling (LOOK_EMPTY, LOOK_BUSY), and always before and after a sleep. */
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "shm.h"
+/* of the device */
+uint64_t now_ns(void);
 
 enum {
     EVENTS = 16,             /* a look takes at most */
@@ -35,6 +38,7 @@ enum {
     LOOK_BUSY = 32,          /* ... and when they are not */
     BATCH_BYTES = 128 << 10, /* of a ring in one receive call: the producer gets room back in between */
     BATCH_FRAMES = 256,
+    SETTLE_LIMIT = 1000 * 1000 * 1000, /* ns */
     RESERVE = 64 << 10,      /* bytes of a ring for acknowledgements and the like, which nobody holds back */
 };
 
@@ -62,16 +66,17 @@ static enum wakes take_wakes(const struct channel *channel)
 
 static void wake_producer(struct shm_link *shm, struct channel *channel)
 {
-    enum wakes wakes = take_wakes(channel);
+    enum wakes wakes;
 
-    if (wakes == WAKES_REFUSED)
-        shm->link.counters->shm_refused++;
-    if (wakes == WAKES_REFUSED || wakes == WAKES_END) {
+    if (channel->state == CHANNEL_GREETING && !shm_take_answer(shm, channel)) {
         shm_end_channel(shm, channel);
-    } else if (wakes == WAKES_TAKEN && channel->state == CHANNEL_GREETING) {
-        channel->state = CHANNEL_OPEN;
-        shm->link.counters->shm_peers++;
+        return;
     }
+    if (channel->state == CHANNEL_GREETING)
+        return;
+    wakes = take_wakes(channel);
+    if (wakes == WAKES_REFUSED || wakes == WAKES_END)
+        shm_end_channel(shm, channel);
 }
 
 /* Its other end is gone. What it has sent is still taken, if it ever sent. */
@@ -395,6 +400,48 @@ static void shm_wake(struct link *link)
             ring_awake(&channel->in);
 }
 
+/* --- one-sided operations without packets -------------------------------------------------------------------- */
+
+static struct direct_peer *shm_direct(struct link *link, const struct endpoint *to)
+{
+    struct channel *channel = shm_open_channel(shm_of(link), to);
+
+    return channel && channel->direct.table ? &channel->direct : NULL;
+}
+
+/* Waits while a peer is where it was. A dead one does nothing any more. */
+static bool settle_channel(const struct channel *channel, uint64_t deadline)
+{
+    uint32_t busy = atomic_load_explicit(&channel->shared->busy, memory_order_acquire);
+
+    if (!(busy & 1))
+        return true;
+    while (atomic_load_explicit(&channel->shared->busy, memory_order_acquire) == busy) {
+        if (shm_is_dead(channel))
+            return true;
+        if (now_ns() >= deadline)
+            return false;
+        sched_yield();
+    }
+    return true;
+}
+
+static bool shm_settle(struct link *link)
+{
+    uint64_t deadline = 0;
+    bool settled = true;
+
+    for (struct channel *channel = shm_of(link)->in; channel; channel = channel->next) {
+        if (channel->state != CHANNEL_OPEN || !(atomic_load(&channel->shared->busy) & 1))
+            continue;
+        if (!deadline)
+            deadline = now_ns() + SETTLE_LIMIT;
+        if (!settle_channel(channel, deadline))
+            settled = false;
+    }
+    return settled;
+}
+
 /* --- life ---------------------------------------------------------------------------------------------------- */
 
 /* Frames that are left in a ring need somebody to come back for them. */
@@ -428,9 +475,11 @@ static const struct link_ops shm_ops = {
     .has_room = shm_has_room,
     .sleep = shm_sleep,
     .wake = shm_wake,
+    .direct = shm_direct,
+    .settle = shm_settle,
 };
 
-int link_shm_open(struct link **link, struct link *udp)
+int link_shm_open(struct link **link, struct link *udp, const struct table *table)
 {
     struct shm_link *shm = calloc(1, sizeof(*shm));
     int rc;
@@ -440,6 +489,7 @@ int link_shm_open(struct link **link, struct link *udp)
     shm->link = *udp;
     shm->link.ops = &shm_ops;
     shm->udp = udp;
+    shm->table = table;
     shm->link.fd = epoll_create1(EPOLL_CLOEXEC);
     if (shm->link.fd < 0) {
         rc = errno;

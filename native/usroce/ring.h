@@ -32,6 +32,7 @@ struct ring_shared {
     _Alignas(RING_LINE) _Atomic uint32_t tail;    /* the consumer's: given back up to here */
     _Alignas(RING_LINE) _Atomic uint32_t asleep;  /* set by the consumer, cleared by who wakes it */
     _Alignas(RING_LINE) _Atomic uint32_t waiting; /* set by the producer, which wants room; the same */
+    _Alignas(RING_LINE) _Atomic uint32_t busy;    /* of the producer: see table.h; nothing to do with the ring */
     _Alignas(RING_PAGE) uint8_t data[RING_BYTES];
 };
 

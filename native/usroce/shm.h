@@ -4,6 +4,7 @@
 #define SHM_H
 
 #include "ring.h"
+#include "table.h"
 
 enum {
     BUCKETS = 64,
@@ -26,6 +27,7 @@ struct channel {
     enum channel_state state;
     int fd;                     /* -1: closed */
     struct endpoint peer;
+    struct direct_peer direct;  /* producer */
     struct ring_shared *shared; /* NULL: not yet */
     union {
         struct ring_producer out;
@@ -42,6 +44,7 @@ struct channel {
 struct shm_link {
     struct link link;
     struct link *udp;
+    const struct table *table;    /* for peers; or NULL */
     int listener;
     struct channel *out[BUCKETS]; /* by endpoint */
     struct channel *last_out;     /* looked for last, or NULL */
@@ -84,6 +87,8 @@ void shm_drop_consumer(struct shm_link *shm, struct channel *channel);
 void shm_end_channel(struct shm_link *shm, struct channel *channel);
 /* What the peer wrote makes no sense: nothing more is taken from there. */
 void shm_refuse_consumer(struct shm_link *shm, struct channel *channel);
+/* Whether the other end closed it, perhaps unseen so far. */
+bool shm_is_dead(const struct channel *channel);
 /* Sends a byte over the connection. Never waits. */
 void shm_tell(const struct channel *channel, char byte);
 static inline void shm_wake_peer(const struct channel *channel)
@@ -101,6 +106,8 @@ void shm_stop_listening(struct shm_link *shm);
 void shm_accept_all(struct shm_link *shm);
 /* Something came on a connection that is CHANNEL_GREETING, at the consumer. */
 void shm_greet(struct shm_link *shm, struct channel *channel);
+/* Reads what the consumer says first, at the producer. False: nothing that opens the channel, which is at its end. */
+bool shm_take_answer(struct shm_link *shm, struct channel *channel);
 /* link_ops.prepare */
 void shm_prepare(struct link *link, const struct endpoint *to);
 

@@ -1,7 +1,9 @@
 /* The channels of a shared-memory link: tables, and how one ends. See link_shm.c. */
+#define _GNU_SOURCE /* POLLRDHUP */
 #include "shm.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
@@ -77,6 +79,8 @@ void shm_close_fd(const struct shm_link *shm, int *fd)
 void shm_free_channel(const struct shm_link *shm, struct channel *channel)
 {
     shm_close_fd(shm, &channel->fd);
+    if (channel->producer)
+        direct_forget(&channel->direct);
     if (channel->shared)
         munmap(channel->shared, sizeof(*channel->shared));
     free(channel);
@@ -140,6 +144,14 @@ void shm_refuse_consumer(struct shm_link *shm, struct channel *channel)
     shm->link.counters->shm_refused++;
     shm_end_channel(shm, channel);
     channel->drained = true;
+}
+
+/* Whatever lies unread in front of the end. */
+bool shm_is_dead(const struct channel *channel)
+{
+    struct pollfd fd = {.fd = channel->fd, .events = POLLRDHUP};
+
+    return poll(&fd, 1, 0) > 0 && fd.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
 /* That the socket is full of bytes nobody read is as good; that it is closed, the next look sees. */

@@ -29,7 +29,7 @@ struct hello {
     uint8_t gid[16];
 };
 
-static const char magic[8] = "usroce1";
+static const char magic[8] = "usroce2";
 
 /* --- names and users ----------------------------------------------------------------------------------------- */
 
@@ -78,27 +78,33 @@ fail:
     return -1;
 }
 
-/* Whether the message is on its way. */
+/* Sends a message, with a descriptor unless that is -1. Whether it is on its way. */
+static bool send_with(int fd, void *data, size_t size, int passed)
+{
+    struct iovec iov = {data, size};
+    _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(passed))] = {0};
+    struct msghdr header = {.msg_iov = &iov, .msg_iovlen = 1};
+    struct cmsghdr *message;
+
+    if (passed >= 0) {
+        header.msg_control = control;
+        header.msg_controllen = sizeof(control);
+        message = CMSG_FIRSTHDR(&header);
+        message->cmsg_level = SOL_SOCKET;
+        message->cmsg_type = SCM_RIGHTS;
+        message->cmsg_len = CMSG_LEN(sizeof(passed));
+        memcpy(CMSG_DATA(message), &passed, sizeof(passed));
+    }
+    return sendmsg(fd, &header, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)size;
+}
+
 static bool send_hello(const struct shm_link *shm, int fd, int memory)
 {
     struct hello hello = {.ring_bytes = RING_BYTES, .port = shm->link.local.port};
-    struct iovec iov = {&hello, sizeof(hello)};
-    _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(memory))] = {0};
-    struct msghdr header = {
-        .msg_iov = &iov,
-        .msg_iovlen = 1,
-        .msg_control = control,
-        .msg_controllen = sizeof(control),
-    };
-    struct cmsghdr *passed = CMSG_FIRSTHDR(&header);
 
     memcpy(hello.magic, magic, sizeof(magic));
     memcpy(hello.gid, shm->link.local.gid.raw, sizeof(hello.gid));
-    passed->cmsg_level = SOL_SOCKET;
-    passed->cmsg_type = SCM_RIGHTS;
-    passed->cmsg_len = CMSG_LEN(sizeof(memory));
-    memcpy(CMSG_DATA(passed), &memory, sizeof(memory));
-    return sendmsg(fd, &header, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof(hello);
+    return send_with(fd, &hello, sizeof(hello), memory);
 }
 
 /* A connection to the device at `to` if there is one and it is our user's; else -1. */
@@ -150,20 +156,12 @@ static void set_up(struct shm_link *shm, const struct endpoint *to)
     shm->look = true;
 }
 
-/* Whether the other end closed it, perhaps unseen so far. */
-static bool is_dead(const struct channel *channel)
-{
-    char byte;
-
-    return recv(channel->fd, &byte, sizeof(byte), MSG_PEEK | MSG_DONTWAIT) == 0;
-}
-
 void shm_prepare(struct link *link, const struct endpoint *to)
 {
     struct shm_link *shm = shm_of(link);
     struct channel *channel = shm_find_channel(shm, to);
 
-    if (channel && is_dead(channel)) {
+    if (channel && shm_is_dead(channel)) {
         shm_drop_producer(shm, channel);
         channel = NULL;
     }
@@ -225,26 +223,33 @@ static int take_descriptor(struct msghdr *header)
     return fd;
 }
 
-enum greeting { GREETING_LATER, GREETING_THERE, GREETING_NONE, GREETING_WRONG };
-
-/* Reads the first message. *memory: the descriptor in it, or -1. GREETING_LATER: not there yet; GREETING_NONE: the
- * peer died, or thought better of it. */
-static enum greeting receive_hello(const struct channel *channel, struct hello *hello, int *memory)
+/* Receives a message into `data`; *passed: the descriptor in it, or -1. As recvmsg(). */
+static ssize_t receive_with(int fd, void *data, size_t size, int *passed)
 {
-    struct iovec iov = {hello, sizeof(*hello)};
-    _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(*memory))];
+    struct iovec iov = {data, size};
+    _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(*passed))];
     struct msghdr header = {
         .msg_iov = &iov,
         .msg_iovlen = 1,
         .msg_control = control,
         .msg_controllen = sizeof(control),
     };
-    ssize_t size = recvmsg(channel->fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    ssize_t got = recvmsg(fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 
-    *memory = -1;
+    *passed = got < 0 ? -1 : take_descriptor(&header);
+    return got;
+}
+
+enum greeting { GREETING_LATER, GREETING_THERE, GREETING_NONE, GREETING_WRONG };
+
+/* Reads the first message. *memory: the descriptor in it, or -1. GREETING_LATER: not there yet; GREETING_NONE: the
+ * peer died, or thought better of it. */
+static enum greeting receive_hello(const struct channel *channel, struct hello *hello, int *memory)
+{
+    ssize_t size = receive_with(channel->fd, hello, sizeof(*hello), memory);
+
     if (size < 0)
         return errno == EAGAIN || errno == EINTR ? GREETING_LATER : GREETING_NONE;
-    *memory = take_descriptor(&header);
     if (size == 0 && *memory < 0)
         return GREETING_NONE;
     return size == (ssize_t)sizeof(*hello) ? GREETING_THERE : GREETING_WRONG;
@@ -253,6 +258,14 @@ static enum greeting receive_hello(const struct channel *channel, struct hello *
 static bool is_right(const struct hello *hello)
 {
     return !memcmp(hello->magic, magic, sizeof(magic)) && hello->ring_bytes == RING_BYTES && hello->port;
+}
+
+/* With our table, for one-sided operations that go without us. */
+static void answer(const struct shm_link *shm, const struct channel *channel)
+{
+    char byte = CHANNEL_WAKE;
+
+    send_with(channel->fd, &byte, 1, shm->table ? shm->table->fd : -1); /* if it fails, the next look sees why */
 }
 
 /* The answer is what opens the channel for the producer, so it comes last. A ring that is opened while the others
@@ -266,7 +279,7 @@ static void open_consumer(struct shm_link *shm, struct channel *channel, const s
     shm->num_fresh++;
     if (shm->asleep)
         ring_sleep(&channel->in);
-    shm_wake_peer(channel);
+    answer(shm, channel);
 }
 
 void shm_greet(struct shm_link *shm, struct channel *channel)
@@ -286,6 +299,46 @@ void shm_greet(struct shm_link *shm, struct channel *channel)
     }
     if (memory >= 0)
         close(memory);
+}
+
+/* --- the answer ---------------------------------------------------------------------------------------------- */
+
+static pid_t process_of(int fd)
+{
+    struct ucred peer;
+    socklen_t size = sizeof(peer);
+
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 ? peer.pid : 0;
+}
+
+/* A table that cannot be used is no harm: packets do the same. */
+static void take_table(const struct shm_link *shm, struct channel *channel, int passed)
+{
+    pid_t pid = process_of(channel->fd);
+    const struct table_shared *table = shm->table && pid > 0 ? table_map(passed) : NULL;
+
+    if (table)
+        direct_set_up(&channel->direct, table, &channel->shared->busy, channel->fd, pid);
+}
+
+bool shm_take_answer(struct shm_link *shm, struct channel *channel)
+{
+    char byte;
+    int passed;
+    ssize_t size = receive_with(channel->fd, &byte, sizeof(byte), &passed);
+    bool later = size < 0 && (errno == EAGAIN || errno == EINTR), opens = size == 1 && byte == CHANNEL_WAKE;
+
+    if (opens) {
+        if (passed >= 0)
+            take_table(shm, channel, passed);
+        channel->state = CHANNEL_OPEN;
+        shm->link.counters->shm_peers++;
+    } else if (size == 1) {
+        shm->link.counters->shm_refused++;
+    }
+    if (passed >= 0)
+        close(passed);
+    return opens || later;
 }
 
 /* --- the listener -------------------------------------------------------------------------------------------- */

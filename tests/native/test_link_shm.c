@@ -1,6 +1,7 @@
 /* The shared-memory link: how two devices find each other, who is let in, what a full ring and a sleeping peer do,
  * and peers that write garbage or are killed, at any moment. */
 #define _GNU_SOURCE
+#define REAL_CLOCK
 #include "links.h"
 
 #include <dirent.h>
@@ -24,7 +25,7 @@ static void open_shm(struct side *side, const char *address)
 {
     need(!open_side(side, address, 0, true), "a UDP link");
     side->link->counters = &side->counters;
-    need(!link_shm_open(&side->link, side->link), "a shared-memory link");
+    need(!link_shm_open(&side->link, side->link, NULL), "a shared-memory link");
 }
 
 static int take(struct side *side)
@@ -351,7 +352,7 @@ static void greet(int fd, const void *hello, size_t size, const int *passed, int
 
 static struct hello right_hello(uint16_t port)
 {
-    struct hello hello = {.magic = "usroce1", .ring_bytes = RING_BYTES, .port = port};
+    struct hello hello = {.magic = "usroce2", .ring_bytes = RING_BYTES, .port = port};
     struct endpoint from = endpoint("127.0.0.1", port);
 
     memcpy(hello.gid, from.gid.raw, sizeof(hello.gid));
@@ -422,6 +423,46 @@ static void bad_greetings(void)
     close(small);
     close(plain);
     check(descriptors() == before, "no descriptor is left");
+    close_side(&a);
+}
+
+static struct ring_shared *map(int fd)
+{
+    void *shared = mmap(NULL, sizeof(struct ring_shared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    need(shared != MAP_FAILED, "a mapping");
+    return shared;
+}
+
+/* A revocation waits for a peer that is in the middle of an access, but not for ever, and not for a dead one. */
+static void settling(void)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    struct hello hello = right_hello(4000);
+    int passed = memory(sizeof(struct ring_shared), seals), fd;
+    struct ring_shared *shared = map(passed);
+    struct side a;
+    pid_t pid;
+
+    open_shm(&a, "127.0.0.1");
+    check(a.link->ops->settle(a.link), "nobody is there");
+    fd = call(&a);
+    greet(fd, &hello, sizeof(hello), &passed, 1);
+    close(passed);
+    pump(&a);
+    check(a.link->ops->settle(a.link), "nobody is busy");
+    atomic_store(&shared->busy, 1);
+    check(!a.link->ops->settle(a.link), "one that does not come to an end");
+    pid = fork();
+    if (pid == 0) {
+        atomic_store(&shared->busy, 3);
+        _exit(0);
+    }
+    check(a.link->ops->settle(a.link), "busy with the next thing");
+    waitpid(pid, NULL, 0);
+    close(fd);
+    check(a.link->ops->settle(a.link), "dead");
+    munmap(shared, sizeof(*shared));
     close_side(&a);
 }
 
@@ -498,14 +539,6 @@ static void scribble(struct ring_shared *shared)
             __atomic_store_n((uint64_t *)(void *)(shared->data + chance() % 256 * RING_LINE), word,
                              __ATOMIC_RELAXED);
         }
-}
-
-static struct ring_shared *map(int fd)
-{
-    void *shared = mmap(NULL, sizeof(struct ring_shared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-
-    need(shared != MAP_FAILED, "a mapping");
-    return shared;
 }
 
 static uint32_t sum_of(const uint8_t *data, uint32_t size)
@@ -849,6 +882,7 @@ int main(void)
     RUN(other_user());
     RUN(bad_greetings());
     RUN(gone_in_the_middle());
+    RUN(settling());
     RUN(garbage_in());
     RUN(garbage_out());
     RUN(rude_listener());
