@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import mmap
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from ._native._memory import Memory
 from .config import Config
 from .errors import DeviceError, MemoryLimitError, MisuseError, RdmaError
 from .registrations import Pinned, RegistrationCache, export
-from .verbs import Access, MemoryRegion, ProtectionDomain
+from .verbs import Access, MemoryRegion, ProtectionDomain, usroce
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
@@ -62,24 +63,47 @@ def size_class(nbytes: int) -> int:
     return round_up(nbytes, step)
 
 
+class _AnonymousMemory:
+    """Memory of this process."""
+
+    __slots__ = ("address", "huge", "map", "view")
+
+    def __init__(self, nbytes: int, huge_pages: str) -> None:
+        self.map, self.huge = _anonymous_map(nbytes, huge_pages)
+        self.view: Any = ffi.from_buffer(self.map, require_writable=True)
+        self.address = int(ffi.cast("uintptr_t", self.view))
+
+    def close(self) -> None:
+        ffi.release(self.view)
+        self.map.close()
+
+
+def _memory_of_slab(
+    pd: ProtectionDomain, nbytes: int, huge_pages: str
+) -> _AnonymousMemory | usroce.SharedMemory:
+    """Where the device is usroce, memory that its peers on this host can map."""
+    if pd.context.is_usroce and huge_pages != "require":
+        with contextlib.suppress(MemoryError):
+            return usroce.SharedMemory(pd.context, nbytes)
+    return _AnonymousMemory(nbytes, huge_pages)
+
+
 class Slab:
     """One registration, cut into equal chunks of a size class."""
 
-    __slots__ = ("chunk", "free", "huge", "map", "nbytes", "region", "total", "view")
+    __slots__ = ("chunk", "free", "huge", "memory", "nbytes", "region", "total")
 
     def __init__(self, pd: ProtectionDomain, nbytes: int, huge_pages: str) -> None:
-        self.map, self.huge = _anonymous_map(nbytes, huge_pages)
+        self.memory = _memory_of_slab(pd, nbytes, huge_pages)
+        self.huge = isinstance(self.memory, _AnonymousMemory) and self.memory.huge
         self.nbytes = nbytes
         self.chunk = 0
         self.total = 0
         self.free: list[int] = []
-        self.view: Any = ffi.from_buffer(self.map, require_writable=True)
         try:
-            address = int(ffi.cast("uintptr_t", self.view))
-            self.region = MemoryRegion(pd, address, nbytes, Access.LOCAL_WRITE, keep=self.view)
+            self.region = MemoryRegion(pd, self.memory.address, nbytes, Access.LOCAL_WRITE, keep=self.memory)
         except Exception:
-            ffi.release(self.view)
-            self.map.close()
+            self.memory.close()
             raise
 
     def cut(self, chunk: int) -> None:
@@ -99,8 +123,7 @@ class Slab:
         try:
             self.region.close()
         finally:
-            ffi.release(self.view)
-            self.map.close()
+            self.memory.close()
 
 
 def _anonymous_map(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, bool]:

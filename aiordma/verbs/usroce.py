@@ -184,6 +184,37 @@ def counters(context: Context) -> UsroceCounters:
     )
 
 
+class SharedMemory:
+    """``nbytes`` of memory, zeroed, that peers of the same user on this host can map.
+
+    Regions in it they write and read by themselves, where they may. Raises :class:`MemoryError` when it cannot be had.
+
+    No region may be left in it when it is closed. After fork() it is one memory, of parent and child.
+    """
+
+    __slots__ = ("_provider", "address", "nbytes")
+
+    def __init__(self, context: Context, nbytes: int) -> None:
+        self.address = 0
+        self.nbytes = nbytes
+        self._provider = context.provider
+        memory = ffi.new("void **")
+        rc = lib.glue_usroce_alloc(self._provider.table, nbytes, memory)
+        if rc:
+            raise MemoryError(f"usroce_alloc({nbytes}): {os.strerror(rc)}")
+        self.address = int(ffi.cast("uintptr_t", memory[0]))
+
+    def close(self) -> None:
+        """Gives it back. Idempotent."""
+        address, self.address = self.address, 0
+        if address:
+            lib.glue_usroce_free(self._provider.table, ffi.cast("void *", address))
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            self.close()
+
+
 def _check(context: Context, what: str) -> None:
     context.check_open()
     if not context.is_usroce:
