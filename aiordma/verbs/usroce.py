@@ -187,9 +187,8 @@ def counters(context: Context) -> UsroceCounters:
 class SharedMemory:
     """``nbytes`` of memory, zeroed, that peers of the same user on this host can map.
 
-    Regions in it they write and read by themselves, where they may. Raises :class:`MemoryError` when it cannot be had.
-
-    No region may be left in it when it is closed. After fork() it is one memory, of parent and child.
+    Regions in it they write and read by themselves, where they may. Raises :class:`MemoryError` when it cannot
+    be had. No region may be left in it when it is closed. After fork() it is one memory, of parent and child.
     """
 
     __slots__ = ("_provider", "address", "nbytes")

@@ -19,13 +19,17 @@
 
 #include "usroce.h"
 
-enum { ASK_EVERY = 1000 * 1000 }; /* ns */
+enum {
+    ASK_EVERY = 1000 * 1000, /* ns */
+    SMALL = 8 << 10,         /* bytes: many requests of less go faster by packets than by a system call each */
+};
 
 /* What a request comes to: bytes of the peer's. All is copied from the table before it is checked, for the peer could
  * change it meanwhile. */
 struct target {
     struct direct_peer *peer;
     uint32_t size;
+    bool alone;      /* no other work request waits behind this one */
     uint64_t host;   /* where they are in the peer's address space, */
     uint32_t slab;   /* and, other than 0, in its slab */
     int slab_fd;
@@ -234,6 +238,8 @@ static bool move_between_processes(const struct target *target, const struct iov
     pid_t pid = target->peer->pid;
     ssize_t moved;
 
+    if (!target->alone && target->size < SMALL)
+        return false;
     if (!target->peer->reads_memory || !is_still_owner(target->peer))
         return false;
     moved = write ? process_vm_writev(pid, pieces, (unsigned long)count, &there, 1, 0)
@@ -271,7 +277,7 @@ static struct direct_peer *peer_of(const struct context *ctx, const struct qp *q
 bool direct_move(struct context *ctx, struct qp *qp, const struct send_wqe *wqe, uint64_t offset, uint32_t size)
 {
     bool write = wqe->opcode == IBV_WR_RDMA_WRITE, moved = false;
-    struct target target = {.peer = peer_of(ctx, qp), .size = size};
+    struct target target = {.peer = peer_of(ctx, qp), .size = size, .alone = qp->sq.head - qp->sq.cursor == 1};
     struct iovec pieces[MAX_SGE];
     uint8_t *remote;
     int count;
