@@ -99,9 +99,10 @@ static bool find_target(const struct qp *qp, uint32_t rkey, uint64_t addr, int a
 
 static void forget_slab(struct peer_slab *slab)
 {
-    if (slab->number)
+    if (slab->at)
         munmap(slab->at, slab->size);
     slab->number = 0;
+    slab->at = NULL;
 }
 
 /* Opens what the peer has open under that number. The key stands, so it does not close it meanwhile. */
@@ -124,10 +125,9 @@ static int open_slab(const struct target *target)
     return -1;
 }
 
-static struct peer_slab *map_slab(const struct target *target)
+/* NULL: it cannot be had. */
+static uint8_t *map_slab(const struct target *target)
 {
-    struct direct_peer *peer = target->peer;
-    struct peer_slab *slab = &peer->slabs[peer->next_slab];
     int fd = open_slab(target);
     void *at;
 
@@ -138,26 +138,22 @@ static struct peer_slab *map_slab(const struct target *target)
     if (at == MAP_FAILED)
         return NULL;
     madvise(at, target->slab_size, MADV_DONTFORK);
-    forget_slab(slab);
-    *slab = (struct peer_slab){.number = target->slab, .size = target->slab_size, .at = at};
-    peer->next_slab = (peer->next_slab + 1) % PEER_SLABS;
-    return slab;
+    return at;
 }
 
-/* The bytes of the target as they are mapped here; NULL: they are not. */
+/* The bytes of the target as they are mapped here; NULL: they are not. The mapping stays until another slab needs its
+ * place, also beyond the slab's own end; its owner has given back the pages then. */
 static uint8_t *mapped(const struct target *target)
 {
-    struct direct_peer *peer = target->peer;
-    struct peer_slab *slab = NULL;
+    struct peer_slab *slab = &target->peer->slabs[target->slab % PEER_SLABS];
 
     if (!target->slab)
         return NULL;
-    for (int i = 0; i < PEER_SLABS && !slab; i++)
-        if (peer->slabs[i].number == target->slab)
-            slab = &peer->slabs[i];
-    if (!slab)
-        slab = map_slab(target);
-    if (!slab || target->size > slab->size || target->slab_at > slab->size - target->size)
+    if (slab->number != target->slab) {
+        forget_slab(slab);
+        *slab = (struct peer_slab){.number = target->slab, .size = target->slab_size, .at = map_slab(target)};
+    }
+    if (!slab->at || target->size > slab->size || target->slab_at > slab->size - target->size)
         return NULL;
     return slab->at + target->slab_at;
 }

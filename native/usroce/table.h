@@ -21,7 +21,7 @@
 enum {
     TABLE_SLOTS = 4096, /* of keys, and of queue pairs; what finds none goes by packets */
     TABLE_PROBES = 8,   /* slots that an entry may have */
-    PEER_SLABS = 16,    /* pieces of a peer's memory that are mapped at a time */
+    PEER_SLABS = 64,    /* pieces of a peer's memory that are mapped at a time */
 };
 
 struct table_key {
@@ -67,7 +67,7 @@ struct table {
 struct peer_slab {
     uint32_t number; /* 0: none */
     uint64_t size;
-    uint8_t *at;
+    uint8_t *at;     /* NULL: it cannot be mapped */
 };
 
 /* The peer's side, in a channel to it. */
@@ -78,8 +78,7 @@ struct direct_peer {
     pid_t pid;
     uint64_t asked_at;                /* ns: when it last proved to be the one */
     bool reads_memory;                /* process_vm_readv() and process_vm_writev() may be used on it */
-    struct peer_slab slabs[PEER_SLABS];
-    uint32_t next_slab;
+    struct peer_slab slabs[PEER_SLABS]; /* each has one place, by its number */
 };
 
 static inline uint32_t table_slot(uint32_t value, uint32_t probe)

@@ -25,6 +25,7 @@ struct end {
     struct ibv_pd *pd;
     struct ibv_mr *mr;
     struct ibv_cq *cq;
+    bool slab;       /* memory that peers can map */
     uint8_t *memory; /* guard, shared, guard, private, guard: PAGE, SHARED, PAGE, SHARED, PAGE */
 };
 
@@ -50,7 +51,8 @@ static void open_end(struct end *end)
     size_t size = 3 * PAGE + 2 * SHARED;
 
     end->context = open_device();
-    end->memory = aligned_alloc(PAGE, size);
+    end->slab = getenv("KILLED_SLAB");
+    end->memory = end->slab ? usroce_alloc(size) : aligned_alloc(PAGE, size);
     REQUIRE(end->memory);
     memset(end->memory, GUARD, size);
     end->pd = ibv_alloc_pd(end->context);
@@ -66,7 +68,10 @@ static void close_end(struct end *end)
     CHECK(!ibv_dereg_mr(end->mr));
     CHECK(!ibv_dealloc_pd(end->pd));
     CHECK(!ibv_close_device(end->context));
-    free(end->memory);
+    if (end->slab)
+        CHECK(!usroce_free(end->memory));
+    else
+        free(end->memory);
 }
 
 static struct ibv_qp *new_qp(const struct end *end, struct ibv_cq *cq)
@@ -382,7 +387,9 @@ int main(int argc, char **argv)
         be_peer(atoi(argv[2]), atoi(argv[3]), !strcmp(argv[0], "steady"));
     }
     srandom(argc > 1 ? (unsigned int)atoi(argv[1]) : 1);
-    killed("1", ROUNDS);
+    killed("1", ROUNDS / 2);
+    setenv("KILLED_SLAB", "", 1); /* of the peers too */
+    killed("1", ROUNDS / 2);
     killed("0", 5);
     return failures ? 1 : 0;
 }
