@@ -73,6 +73,9 @@ class _AnonymousMemory:
         self.view: Any = ffi.from_buffer(self.map, require_writable=True)
         self.address = int(ffi.cast("uintptr_t", self.view))
 
+    def unshare(self) -> None:
+        pass
+
     def close(self) -> None:
         ffi.release(self.view)
         self.map.close()
@@ -117,6 +120,11 @@ class Slab:
     def idle(self) -> bool:
         """True when nothing of it is leased."""
         return len(self.free) == self.total
+
+    def retire(self) -> None:
+        """Deregisters; leases own the mapping, it goes with the last of them."""
+        self.region.close()
+        self.memory.unshare()
 
     def close(self) -> None:
         """Deregisters and unmaps."""
@@ -513,7 +521,7 @@ class MemoryPool:
                 if slab.idle:
                     slab.close()
                 else:
-                    slab.region.close()  # leases own the mapping: it goes with the last of them
+                    slab.retire()
             except DeviceError as error:
                 first = first or error
         self._partial.clear()

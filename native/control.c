@@ -286,3 +286,8 @@ int glue_usroce_free(struct glue_provider *p, void *memory)
 {
     return p->usroce_free ? result(p->usroce_free(memory)) : ENOTSUP;
 }
+
+int glue_usroce_unshare(struct glue_provider *p, void *memory)
+{
+    return p->usroce_unshare ? result(p->usroce_unshare(memory)) : ENOTSUP;
+}

@@ -313,6 +313,7 @@ int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *cont
                                struct usroce_counters *counters);
 int glue_usroce_alloc(struct glue_provider *p, size_t size, void **memory);
 int glue_usroce_free(struct glue_provider *p, void *memory);
+int glue_usroce_unshare(struct glue_provider *p, void *memory);
 
 int glue_post_send(struct ibv_qp *qp, uint64_t wr_id, uint32_t opcode, uint32_t flags, uint64_t addr,
                    uint32_t length, uint32_t lkey, uint64_t remote_addr, uint32_t rkey, uint32_t imm);

@@ -203,6 +203,11 @@ class SharedMemory:
             raise MemoryError(f"usroce_alloc({nbytes}): {os.strerror(rc)}")
         self.address = int(ffi.cast("uintptr_t", memory[0]))
 
+    def unshare(self) -> None:
+        """No peer can map it from now on: it is ordinary memory. No region may be left in it."""
+        if self.address:
+            lib.glue_usroce_unshare(self._provider.table, ffi.cast("void *", self.address))
+
     def close(self) -> None:
         """Gives it back. Idempotent."""
         address, self.address = self.address, 0

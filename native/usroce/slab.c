@@ -25,7 +25,7 @@ bool slab_find(const uint8_t *at, uint64_t length, struct slab *slab)
 
     pthread_mutex_lock(&process_lock);
     for (entry = slabs; entry; entry = entry->next)
-        if (at >= entry->slab.at && length <= entry->slab.size &&
+        if (entry->slab.fd >= 0 && at >= entry->slab.at && length <= entry->slab.size &&
             (uint64_t)(at - entry->slab.at) <= entry->slab.size - length)
             break;
     if (entry)
@@ -79,6 +79,21 @@ EXPORT void *usroce_alloc(size_t size)
     return entry->slab.at;
 }
 
+EXPORT int usroce_unshare(void *at)
+{
+    struct slab_entry *entry;
+
+    pthread_mutex_lock(&process_lock);
+    for (entry = slabs; entry && entry->slab.at != at; entry = entry->next)
+        ;
+    if (entry && entry->slab.fd >= 0) {
+        close(entry->slab.fd);
+        entry->slab.fd = -1;
+    }
+    pthread_mutex_unlock(&process_lock);
+    return entry ? 0 : EINVAL;
+}
+
 /* A peer may have it mapped for a while: its pages go back to the system at once all the same. In a child of fork() they
  * are the parent's too. */
 EXPORT int usroce_free(void *at)
@@ -94,11 +109,12 @@ EXPORT int usroce_free(void *at)
     pthread_mutex_unlock(&process_lock);
     if (!entry)
         return EINVAL;
-    if (entry->owner == getpid() &&
+    if (entry->slab.fd >= 0 && entry->owner == getpid() &&
         fallocate(entry->slab.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)entry->slab.size))
         errno = 0; /* then they go when the peer lets go of it */
     munmap(entry->slab.at, entry->slab.size);
-    close(entry->slab.fd);
+    if (entry->slab.fd >= 0)
+        close(entry->slab.fd);
     free(entry);
     return 0;
 }

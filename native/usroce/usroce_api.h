@@ -55,6 +55,8 @@ int usroce_capture(struct ibv_context *context, const char *path);
  * left in it then. After fork() it is both processes' one memory. */
 void *usroce_alloc(size_t size);
 int usroce_free(void *memory);
+/* No peer can map it from now on; it is ordinary memory. No region may be left in it. 0 or EINVAL. */
+int usroce_unshare(void *memory);
 int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 
 #endif

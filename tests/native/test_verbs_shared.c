@@ -463,7 +463,8 @@ static void slabs(void)
     CHECK(is_zero(slab, 3 * PAGE));
     slab[3 * PAGE - 1] = 1;
     CHECK(usroce_free(slab + PAGE) == EINVAL && usroce_free(NULL) == EINVAL);
-    CHECK(!usroce_free(slab) && usroce_free(slab) == EINVAL);
+    CHECK(!usroce_unshare(slab) && !usroce_unshare(slab) && slab[3 * PAGE - 1] == 1);
+    CHECK(!usroce_free(slab) && usroce_free(slab) == EINVAL && usroce_unshare(slab) == EINVAL);
     CHECK(!usroce_alloc(0) && errno == EINVAL);
     CHECK(!usroce_alloc(SIZE_MAX / 2) && errno);
 }
