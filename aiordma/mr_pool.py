@@ -82,10 +82,10 @@ class _AnonymousMemory:
 
 
 def _memory_of_slab(
-    pd: ProtectionDomain, nbytes: int, huge_pages: str
+    pd: ProtectionDomain, nbytes: int, huge_pages: str, shared: bool
 ) -> _AnonymousMemory | usroce.SharedMemory:
-    """Where the device is usroce, memory that its peers on this host can map."""
-    if pd.context.is_usroce and huge_pages != "require":
+    """Where the device is usroce and may, memory that its peers on this host can map."""
+    if shared and pd.context.is_usroce and huge_pages != "require":
         with contextlib.suppress(MemoryError):
             return usroce.SharedMemory(pd.context, nbytes)
     return _AnonymousMemory(nbytes, huge_pages)
@@ -96,8 +96,8 @@ class Slab:
 
     __slots__ = ("chunk", "free", "huge", "memory", "nbytes", "region", "total")
 
-    def __init__(self, pd: ProtectionDomain, nbytes: int, huge_pages: str) -> None:
-        self.memory = _memory_of_slab(pd, nbytes, huge_pages)
+    def __init__(self, pd: ProtectionDomain, nbytes: int, huge_pages: str, shared: bool) -> None:
+        self.memory = _memory_of_slab(pd, nbytes, huge_pages, shared)
         self.huge = isinstance(self.memory, _AnonymousMemory) and self.memory.huge
         self.nbytes = nbytes
         self.chunk = 0
@@ -256,6 +256,7 @@ class MemoryPool:
         self._limit = config.pool_limit
         self._slab_size = config.slab_size
         self._huge_pages = config.huge_pages
+        self._shared_memory = config.usroce_shared_memory is not False
         self._registered = 0
         self._slabs: list[Slab] = []
         self._partial: dict[int, list[Slab]] = {}  # by chunk size: slabs with something free
@@ -350,7 +351,7 @@ class MemoryPool:
             self._drop_idle(self._registered + nbytes - self._limit)
         if self._registered + nbytes > self._limit:
             raise self._full(nbytes)
-        slab = Slab(self._pd, nbytes, self._huge_pages)
+        slab = Slab(self._pd, nbytes, self._huge_pages, self._shared_memory)
         self._registered += nbytes
         self._slabs.append(slab)
         bisect.insort(self._by_address, (slab.region.address, slab), key=lambda row: row[0])

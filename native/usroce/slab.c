@@ -60,9 +60,18 @@ fail:
 
 EXPORT void *usroce_alloc(size_t size)
 {
-    struct slab_entry *entry = size ? calloc(1, sizeof(*entry)) : NULL;
-    int rc = size ? ENOMEM : EINVAL;
+    struct settings settings;
+    struct slab_entry *entry = NULL;
+    int rc = settings_read(&settings);
 
+    if (!rc && !size)
+        rc = EINVAL;
+    if (!rc && !(settings.shm && settings.direct))
+        rc = ENOTSUP;
+    if (!rc) {
+        entry = calloc(1, sizeof(*entry));
+        rc = entry ? 0 : ENOMEM;
+    }
     if (entry)
         rc = make_slab(&entry->slab, size);
     if (rc) {

@@ -51,7 +51,7 @@ int usroce_set_fault(struct ibv_context *context, const struct usroce_fault *fau
 /* Starts (or, with NULL, ends) a capture of everything sent and received, as a pcap file. 0 or an errno. */
 int usroce_capture(struct ibv_context *context, const char *path);
 /* Memory, zeroed, that peers on this host can map: operations on regions in it need not go between processes. Whole
- * pages are best. NULL with errno; usroce_free() gives it back: 0, or EINVAL if it is none of that. No region may be
+ * pages are best. NULL with errno (ENOTSUP: the settings want none); usroce_free() gives it back: 0, or EINVAL if it is none of that. No region may be
  * left in it then. After fork() it is both processes' one memory. */
 void *usroce_alloc(size_t size);
 int usroce_free(void *memory);

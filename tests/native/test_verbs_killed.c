@@ -390,6 +390,7 @@ int main(int argc, char **argv)
     killed("1", ROUNDS / 2);
     setenv("KILLED_SLAB", "", 1); /* of the peers too */
     killed("1", ROUNDS / 2);
+    unsetenv("KILLED_SLAB");
     killed("0", 5);
     return failures ? 1 : 0;
 }

@@ -465,6 +465,9 @@ static void slabs(void)
     CHECK(usroce_free(slab + PAGE) == EINVAL && usroce_free(NULL) == EINVAL);
     CHECK(!usroce_unshare(slab) && !usroce_unshare(slab) && slab[3 * PAGE - 1] == 1);
     CHECK(!usroce_free(slab) && usroce_free(slab) == EINVAL && usroce_unshare(slab) == EINVAL);
+    REQUIRE(!usroce_set_option("direct", "0"));
+    CHECK(!usroce_alloc(PAGE) && errno == ENOTSUP);
+    REQUIRE(!usroce_set_option("direct", NULL));
     CHECK(!usroce_alloc(0) && errno == EINVAL);
     CHECK(!usroce_alloc(SIZE_MAX / 2) && errno);
 }
