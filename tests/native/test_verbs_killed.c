@@ -18,6 +18,7 @@ enum {
     COUNTER = SHARED - 8, /* it adds to it, and writes before it only */
     DEPTH = 16,
     TIMEOUT = 12,        /* 17 ms */
+    STEADY_TIMEOUT = 18, /* 1 s */
 };
 
 struct end {
@@ -100,7 +101,8 @@ static struct card card_of(const struct end *end, const struct ibv_qp *qp)
     return card;
 }
 
-static void connect_to(struct ibv_qp *qp, const struct card *peer)
+/* `steady`: nobody is to be given up because the machine is busy. */
+static void connect_to(struct ibv_qp *qp, const struct card *peer, bool steady)
 {
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_RTR,
@@ -109,8 +111,8 @@ static void connect_to(struct ibv_qp *qp, const struct card *peer)
         .max_dest_rd_atomic = 4,
         .min_rnr_timer = 1,
         .ah_attr = {.is_global = 1, .port_num = 1, .dlid = peer->lid, .grh = {.hop_limit = 64, .dgid = peer->gid}},
-        .timeout = TIMEOUT,
-        .retry_cnt = 2,
+        .timeout = steady ? STEADY_TIMEOUT : TIMEOUT,
+        .retry_cnt = steady ? 7 : 2,
         .max_rd_atomic = 4,
     };
 
@@ -190,7 +192,7 @@ static void be_peer(int in, int out, bool steady)
     mine = card_of(&end, qp);
     REQUIRE(write(out, &mine, sizeof(mine)) == (ssize_t)sizeof(mine));
     REQUIRE(read(in, &theirs, sizeof(theirs)) == (ssize_t)sizeof(theirs));
-    connect_to(qp, &theirs);
+    connect_to(qp, &theirs, steady);
     REQUIRE(write(out, "", 1) == 1);
     if (!steady)
         work(&end, qp, &theirs, &posted, UINT64_MAX);
@@ -237,7 +239,7 @@ static void meet(const struct end *end, struct ibv_cq *cq, struct peer *peer, bo
     peer->from = from[0];
     REQUIRE(read(peer->from, &peer->card, sizeof(peer->card)) == (ssize_t)sizeof(peer->card));
     REQUIRE(write(peer->to, &mine, sizeof(mine)) == (ssize_t)sizeof(mine));
-    connect_to(peer->qp, &peer->card);
+    connect_to(peer->qp, &peer->card, steady);
     REQUIRE(read(peer->from, &byte, 1) == 1);
 }
 
