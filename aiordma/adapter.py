@@ -1,8 +1,8 @@
 """An RDMA device in an event loop: what all connections of one loop on one device share.
 
 Context, protection domain, reactor and memory pool are opened by the first user and closed when the last one
-has left, so a program that has no connection holds no device. A usroce device that was given other addresses
-(``Config.usroce_address``) is another device here.
+has left, so a program that has no connection holds no device. A usroce device that was given other addresses or
+other rules (``Config.usroce_address``, ``Config.usroce_shared_memory``) is another device here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .verbs import Context, Device, ProtectionDomain, Transport, devices, usroce
 from .verbs.gid_choice import Address, GidChoice, choose_gid, interface_addresses
 from .verbs.provider import usroce_is_off
 
-#: What tells adapters of one loop apart: the device, and for usroce the addresses it was given.
-_Key = tuple[str, str | None]
+#: What tells adapters of one loop apart: the device, and for usroce the settings it was given.
+_Key = tuple[str, tuple[tuple[str, str], ...]]
 
 #: Receives of one shared queue, at most: some 1,800 connections that are idle. Beyond that, another queue is made.
 _SHARED_CAPACITY = 16_384
@@ -203,17 +203,27 @@ def _usroce_fix(name: str, local: Address) -> str:
 def acquire_adapter(device: Device, config: Config) -> Adapter:
     """The running loop's adapter for ``device``, opened if need be, in use once more."""
     adapters = _adapters.setdefault(asyncio.get_running_loop(), {})
-    address = _plain(config.usroce_address) if device.is_usroce and config.usroce_address else None
-    key = (device.name, address)
+    options = _usroce_options(config) if device.is_usroce else {}
+    key = (device.name, tuple(options.items()))
     adapter = adapters.get(key)
     if adapter is None:
-        if address is None:
-            context = device.open()
-        else:
-            with usroce.options(address=address):
+        if options:
+            with usroce.options(**options):
                 context = device.open()
+        else:
+            context = device.open()
         adapter = adapters[key] = Adapter(context, config, key)
     return adapter.use()
+
+
+def _usroce_options(config: Config) -> dict[str, str]:
+    """What the configuration says of the usroce device; equal for equal ones."""
+    options = {}
+    if config.usroce_address:
+        options["address"] = _plain(config.usroce_address)
+    if config.usroce_shared_memory is not None:
+        options["shm"] = "1" if config.usroce_shared_memory else "0"
+    return options
 
 
 def _plain(addresses: str) -> str:

@@ -149,6 +149,14 @@ class Config:
             "variable AIORDMA_USROCE_ADDRESS, else 127.0.0.1 and ::1, which only this machine reaches",
         },
     )
+    usroce_shared_memory: bool | None = field(
+        default=None,
+        metadata={
+            "unit": "",
+            "doc": "whether the usroce device uses memory shared with peers of the same user on this host; both "
+            "ends must; None: the environment variable AIORDMA_USROCE_SHM, else yes",
+        },
+    )
     service_level: int = _knob(0, 0, 15, "SL", doc="InfiniBand service level")
     traffic_class: int = _knob(
         0, 0, 255, "", doc="GRH traffic class; RoCE v2: the IP header's DSCP and ECN bits"
@@ -187,6 +195,10 @@ class Config:
             )
         if self.usroce_address is not None:
             _check_addresses(self.usroce_address)
+        if self.usroce_shared_memory not in (None, False, True):
+            raise MisuseError(
+                f"Config.usroce_shared_memory={self.usroce_shared_memory!r}: None, False or True"
+            )
         if self.shared_receives is not None:
             self._check_shared(self.shared_receives)
         if self.mtu & (self.mtu - 1):

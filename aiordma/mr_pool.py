@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import mmap
 from collections import deque
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ._native._memory import Memory
 from .config import Config
 from .errors import DeviceError, MemoryLimitError, MisuseError, RdmaError
 from .registrations import Pinned, RegistrationCache, export
-from .verbs import Access, MemoryRegion, ProtectionDomain
+from .verbs import Access, MemoryRegion, ProtectionDomain, usroce
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
@@ -61,24 +62,50 @@ def size_class(nbytes: int) -> int:
     return round_up(nbytes, step)
 
 
+class _AnonymousMemory:
+    """Memory of this process."""
+
+    __slots__ = ("address", "huge", "map", "view")
+
+    def __init__(self, nbytes: int, huge_pages: str) -> None:
+        self.map, self.huge = _anonymous_map(nbytes, huge_pages)
+        self.view: Any = ffi.from_buffer(self.map, require_writable=True)
+        self.address = int(ffi.cast("uintptr_t", self.view))
+
+    def unshare(self) -> None:
+        pass
+
+    def close(self) -> None:
+        ffi.release(self.view)
+        self.map.close()
+
+
+def _memory_of_slab(
+    pd: ProtectionDomain, nbytes: int, huge_pages: str, shared: bool
+) -> _AnonymousMemory | usroce.SharedMemory:
+    """Where the device is usroce and may, memory that its peers on this host can map."""
+    if shared and pd.context.is_usroce and huge_pages != "require":
+        with contextlib.suppress(MemoryError):
+            return usroce.SharedMemory(pd.context, nbytes)
+    return _AnonymousMemory(nbytes, huge_pages)
+
+
 class Slab:
     """One registration, cut into equal chunks of a size class."""
 
-    __slots__ = ("chunk", "free", "huge", "map", "nbytes", "region", "total", "view")
+    __slots__ = ("chunk", "free", "huge", "memory", "nbytes", "region", "total")
 
-    def __init__(self, pd: ProtectionDomain, nbytes: int, huge_pages: str) -> None:
-        self.map, self.huge = _anonymous_map(nbytes, huge_pages)
+    def __init__(self, pd: ProtectionDomain, nbytes: int, huge_pages: str, shared: bool) -> None:
+        self.memory = _memory_of_slab(pd, nbytes, huge_pages, shared)
+        self.huge = isinstance(self.memory, _AnonymousMemory) and self.memory.huge
         self.nbytes = nbytes
         self.chunk = 0
         self.total = 0
         self.free: list[int] = []
-        self.view: Any = ffi.from_buffer(self.map, require_writable=True)
         try:
-            address = int(ffi.cast("uintptr_t", self.view))
-            self.region = MemoryRegion(pd, address, nbytes, Access.LOCAL_WRITE, keep=self.view)
+            self.region = MemoryRegion(pd, self.memory.address, nbytes, Access.LOCAL_WRITE, keep=self.memory)
         except Exception:
-            ffi.release(self.view)
-            self.map.close()
+            self.memory.close()
             raise
 
     def cut(self, chunk: int) -> None:
@@ -93,13 +120,17 @@ class Slab:
         """True when nothing of it is leased."""
         return len(self.free) == self.total
 
+    def retire(self) -> None:
+        """Deregisters; leases own the mapping, it goes with the last of them."""
+        self.region.close()
+        self.memory.unshare()
+
     def close(self) -> None:
         """Deregisters and unmaps."""
         try:
             self.region.close()
         finally:
-            ffi.release(self.view)
-            self.map.close()
+            self.memory.close()
 
 
 def _anonymous_map(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, bool]:
@@ -224,6 +255,7 @@ class MemoryPool:
         self._limit = config.pool_limit
         self._slab_size = config.slab_size
         self._huge_pages = config.huge_pages
+        self._shared_memory = config.usroce_shared_memory is not False
         self._registered = 0
         self._slabs: list[Slab] = []
         self._partial: dict[int, list[Slab]] = {}  # by chunk size: slabs with something free
@@ -318,7 +350,7 @@ class MemoryPool:
             self._drop_idle(self._registered + nbytes - self._limit)
         if self._registered + nbytes > self._limit:
             raise self._full(nbytes)
-        slab = Slab(self._pd, nbytes, self._huge_pages)
+        slab = Slab(self._pd, nbytes, self._huge_pages, self._shared_memory)
         self._registered += nbytes
         self._slabs.append(slab)
         bisect.insort(self._by_address, (slab.region.address, slab), key=lambda row: row[0])
@@ -489,7 +521,7 @@ class MemoryPool:
                 if slab.idle:
                     slab.close()
                 else:
-                    slab.region.close()  # leases own the mapping: it goes with the last of them
+                    slab.retire()
             except DeviceError as error:
                 first = first or error
         self._partial.clear()

@@ -272,3 +272,22 @@ int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *cont
         return ENOTSUP;
     return result(p->usroce_query_counters(context, counters, sizeof(*counters)));
 }
+
+/* Memory that peers on this host can map. */
+int glue_usroce_alloc(struct glue_provider *p, size_t size, void **memory)
+{
+    if (!p->usroce_alloc)
+        return ENOTSUP;
+    *memory = p->usroce_alloc(size);
+    return *memory ? 0 : errno;
+}
+
+int glue_usroce_free(struct glue_provider *p, void *memory)
+{
+    return p->usroce_free ? result(p->usroce_free(memory)) : ENOTSUP;
+}
+
+int glue_usroce_unshare(struct glue_provider *p, void *memory)
+{
+    return p->usroce_unshare ? result(p->usroce_unshare(memory)) : ENOTSUP;
+}

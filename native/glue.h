@@ -59,6 +59,9 @@ struct glue_provider {
     int (*usroce_set_fault)(struct ibv_context *context, const struct usroce_fault *fault);
     int (*usroce_capture)(struct ibv_context *context, const char *path);
     int (*usroce_query_counters)(struct ibv_context *context, struct usroce_counters *counters, size_t size);
+    void *(*usroce_alloc)(size_t size);
+    int (*usroce_free)(void *memory);
+    int (*usroce_unshare)(void *memory);
 };
 
 /* One work request, flat. Multi-byte fields are in host order; immediate data is converted on the way. */
@@ -147,6 +150,9 @@ int glue_usroce_set_fault(struct glue_provider *p, struct ibv_context *context, 
 int glue_usroce_capture(struct glue_provider *p, struct ibv_context *context, const char *path);
 int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *context,
                                struct usroce_counters *counters);
+int glue_usroce_alloc(struct glue_provider *p, size_t size, void **memory);
+int glue_usroce_free(struct glue_provider *p, void *memory);
+int glue_usroce_unshare(struct glue_provider *p, void *memory);
 
 /* glue.c */
 int glue_post_send(struct ibv_qp *qp, uint64_t wr_id, uint32_t opcode, uint32_t flags, uint64_t addr,

@@ -71,6 +71,16 @@ def test_config_refuses_what_is_no_address(address: Any) -> None:
         Config(usroce_address=address)
 
 
+def test_whether_memory_is_shared_is_yes_no_or_the_environments() -> None:
+    assert [Config(usroce_shared_memory=value).usroce_shared_memory for value in (None, True, False)] == [
+        None,
+        True,
+        False,
+    ]
+    with pytest.raises(MisuseError, match="usroce_shared_memory"):
+        Config(usroce_shared_memory="0")  # type: ignore[arg-type]
+
+
 # --- the libraries ------------------------------------------------------------------------------------
 
 

@@ -252,6 +252,7 @@ struct usroce_counters {
     uint64_t shm_sent, shm_received;
     uint64_t shm_peers;
     uint64_t shm_refused;
+    uint64_t direct, direct_bytes;
     ...;
 };
 
@@ -261,6 +262,7 @@ struct glue_provider {
     void (*free_device_list)(struct ibv_device **list);
     enum ibv_fork_status (*is_fork_initialized)(void);
     int (*usroce_query_counters)(struct ibv_context *context, struct usroce_counters *counters, size_t size);
+    void *(*usroce_alloc)(size_t size);
     ...;
 };
 struct glue_send_wr { uint64_t wr_id; ...; };
@@ -309,6 +311,9 @@ int glue_usroce_set_fault(struct glue_provider *p, struct ibv_context *context, 
 int glue_usroce_capture(struct glue_provider *p, struct ibv_context *context, const char *path);
 int glue_usroce_query_counters(struct glue_provider *p, struct ibv_context *context,
                                struct usroce_counters *counters);
+int glue_usroce_alloc(struct glue_provider *p, size_t size, void **memory);
+int glue_usroce_free(struct glue_provider *p, void *memory);
+int glue_usroce_unshare(struct glue_provider *p, void *memory);
 
 int glue_post_send(struct ibv_qp *qp, uint64_t wr_id, uint32_t opcode, uint32_t flags, uint64_t addr,
                    uint32_t length, uint32_t lkey, uint64_t remote_addr, uint32_t rkey, uint32_t imm);

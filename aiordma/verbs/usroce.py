@@ -5,8 +5,8 @@ sends and receives into a file that Wireshark reads. Both are for tests, and for
 Functions that take a context raise :class:`~aiordma.errors.MisuseError` for any other device.
 
 Settings are of the process, for devices that are opened from then on; they come before the environment
-variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM`` and
-``_MEMLOCK``.
+variables ``AIORDMA_USROCE_ADDRESS``, ``_PCAP``, ``_FAULT``, ``_SOCKET_BUFFER``, ``_GSO``, ``_SHM``,
+``_DIRECT`` and ``_MEMLOCK``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class UsroceCounters:
     drove the device: the program that polls, or the device's own thread. ``shm_sent`` and ``shm_received``
     are the part of ``sent`` and ``received`` that went through memory shared with a peer on this host,
     ``shm_peers`` how many such peers it sends to now, and ``shm_refused`` counts those on this host that stay
-    with UDP because they belong to another user.
+    with UDP because they belong to another user. ``direct`` counts the one-sided operations that were carried
+    out in such a peer's memory without a packet, and ``direct_bytes`` what they moved.
     """
 
     sent: int
@@ -125,6 +126,8 @@ class UsroceCounters:
     shm_received: int
     shm_peers: int
     shm_refused: int
+    direct: int
+    direct_bytes: int
 
 
 # --- a device -----------------------------------------------------------------------------------------
@@ -179,6 +182,41 @@ def counters(context: Context) -> UsroceCounters:
     return UsroceCounters(
         **{spec.name: getattr(raw, spec.name) for spec in dataclasses.fields(UsroceCounters)}
     )
+
+
+class SharedMemory:
+    """``nbytes`` of memory, zeroed, that peers of the same user on this host can map.
+
+    Regions in it they write and read by themselves, where they may. Raises :class:`MemoryError` when it cannot
+    be had. No region may be left in it when it is closed. After fork() it is one memory, of parent and child.
+    """
+
+    __slots__ = ("_provider", "address", "nbytes")
+
+    def __init__(self, context: Context, nbytes: int) -> None:
+        self.address = 0
+        self.nbytes = nbytes
+        self._provider = context.provider
+        memory = ffi.new("void **")
+        rc = lib.glue_usroce_alloc(self._provider.table, nbytes, memory)
+        if rc:
+            raise MemoryError(f"usroce_alloc({nbytes}): {os.strerror(rc)}")
+        self.address = int(ffi.cast("uintptr_t", memory[0]))
+
+    def unshare(self) -> None:
+        """No peer can map it from now on: it is ordinary memory. No region may be left in it."""
+        if self.address:
+            lib.glue_usroce_unshare(self._provider.table, ffi.cast("void *", self.address))
+
+    def close(self) -> None:
+        """Gives it back. Idempotent."""
+        address, self.address = self.address, 0
+        if address:
+            lib.glue_usroce_free(self._provider.table, ffi.cast("void *", address))
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            self.close()
 
 
 def _check(context: Context, what: str) -> None:

@@ -273,9 +273,9 @@ static int find_interfaces(struct context *ctx)
 /* --- links --------------------------------------------------------------------------------------------------- */
 
 /* Peers on this host are reached through memory where that can be had; where not, UDP reaches them as well. */
-static void add_shared_memory(struct gid_slot *slot)
+static void add_shared_memory(const struct context *ctx, struct gid_slot *slot)
 {
-    int rc = link_shm_open(&slot->link, slot->link);
+    int rc = link_shm_open(&slot->link, slot->link, ctx->table);
 
     (void)rc;
 }
@@ -326,7 +326,7 @@ static int open_links(struct context *ctx, const struct settings *settings, uint
             return rc;
         }
         if (settings->shm)
-            add_shared_memory(slot);
+            add_shared_memory(ctx, slot);
         slot->gid = local.gid;
         port = slot->link->local.port;
         *buffer = granted < *buffer ? granted : *buffer;
@@ -475,6 +475,7 @@ EXPORT int usroce_set_fault(struct ibv_context *context, const struct usroce_fau
     ctx = context_of(context);
     pthread_mutex_lock(&ctx->lock);
     rc = set_faults(ctx, fault);
+    table_set_open(ctx);
     progress_links_changed(ctx);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
@@ -493,6 +494,7 @@ EXPORT int usroce_capture(struct ibv_context *context, const char *path)
         rc = set_capture(ctx, path, false);
     else
         remove_capture(ctx);
+    table_set_open(ctx);
     progress_links_changed(ctx);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
@@ -797,16 +799,20 @@ static void free_context(struct context *ctx)
 /* 0 or an errno with everything undone. */
 static int open_parts(struct context *ctx, const struct settings *settings)
 {
-    int rc = find_port(ctx, settings);
+    int rc;
 
+    if (settings->shm && settings->direct)
+        ctx->table = table_create(); /* without it packets do the same */
+    rc = find_port(ctx, settings);
     if (rc)
-        return rc;
+        goto fail_table;
     rc = find_interfaces(ctx);
     if (rc)
         goto fail_links;
     rc = set_wrappers(ctx, settings);
     if (rc)
         goto fail_links;
+    table_set_open(ctx);
     ctx->verbs.context.async_fd = eventfd(0, EFD_SEMAPHORE | EFD_CLOEXEC);
     if (ctx->verbs.context.async_fd < 0) {
         rc = errno;
@@ -826,6 +832,8 @@ fail_fd:
     close(ctx->verbs.context.async_fd);
 fail_links:
     close_links(ctx);
+fail_table:
+    table_free(ctx->table);
     return rc;
 }
 
@@ -890,7 +898,10 @@ EXPORT int ibv_close_device(struct ibv_context *context)
     progress_free(ctx);
     close(context->async_fd);
     context->async_fd = -1;
+    table_close(ctx);
     close_links(ctx);
+    table_free(ctx->table);
+    ctx->table = NULL;
     ctx->closed = true;
     context_unlock(ctx);
     return 0;

@@ -53,6 +53,8 @@ struct view {
 };
 
 struct link;
+struct direct_peer;
+struct table;
 
 struct link_ops {
     /* Queues a frame; what the link cannot send is lost, as on any wire, and counted. */
@@ -78,6 +80,10 @@ struct link_ops {
      * waits. In either case wake() is called next, before anybody sleeps again. */
     bool (*sleep)(struct link *link);
     void (*wake)(struct link *link);
+    /* The peer there if its memory can be reached without it (direct.c), else NULL. Valid until the next call. */
+    struct direct_peer *(*direct)(struct link *link, const struct endpoint *to);
+    /* Waits for the peers that are in the middle of reaching ours. False: one does not come to an end. */
+    bool (*settle)(struct link *link);
 };
 
 struct link {
@@ -105,8 +111,9 @@ struct link_udp_options {
  * asked for, its overhead included. */
 int link_udp_open(struct link **link, const struct endpoint *local, const struct link_udp_options *options,
                   struct usroce_counters *counters, uint32_t *receive_buffer);
-/* A ground of UDP (`udp`, which it owns from then on) and shared memory. 0 or an errno: then `udp` is as it was. */
-int link_shm_open(struct link **link, struct link *udp);
+/* A ground of UDP (`udp`, which it owns from then on) and shared memory. `table` (or NULL) is for peers, and is there
+ * longer than the link. 0 or an errno: then `udp` is as it was. */
+int link_shm_open(struct link **link, struct link *udp, const struct table *table);
 /* Wraps `below` (which it owns from then on). 0 or an errno. */
 int link_fault_open(struct link **link, struct link *below, const struct usroce_fault *fault);
 int link_fault_set(struct link *link, const struct usroce_fault *fault);

@@ -28,7 +28,6 @@ enum {
     KEY_TAG_BITS = 8,
     KEY_MIN = 1,
     KEY_MAX = 0xffffff,
-    REMOTE_RIGHTS = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC,
     CHANGING_RIGHTS = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC,
     MR_ACCESS = IBV_ACCESS_LOCAL_WRITE | REMOTE_RIGHTS | IBV_ACCESS_MW_BIND | IBV_ACCESS_ZERO_BASED |
                 IBV_ACCESS_HUGETLB,
@@ -68,6 +67,7 @@ EXPORT struct ibv_pd *ibv_alloc_pd(struct ibv_context *context)
         return NULL;
     pd->base.context = context;
     pthread_mutex_lock(&ctx->lock);
+    pd->number = ++ctx->last_pd;
     ctx->num_pds++;
     pthread_mutex_unlock(&ctx->lock);
     return &pd->base;
@@ -319,6 +319,7 @@ static int publish_region(struct context *ctx, struct mr *mr)
         mr->base.lkey = mr->base.rkey = mr->key.value;
         mr->base.handle = mr->key.value >> KEY_TAG_BITS;
         mr->key.valid = true;
+        table_publish_key(ctx, &mr->key);
         pd_of(mr->base.pd)->children++;
     }
     pthread_mutex_unlock(&ctx->lock);
@@ -386,7 +387,7 @@ EXPORT int ibv_dereg_mr(struct ibv_mr *base)
     if (context_is_foreign(ctx))
         return ENODEV;
     pthread_mutex_lock(&ctx->lock);
-    busy = mr->windows > 0 || mr->posted > 0;
+    busy = mr->windows > 0 || mr->posted > 0 || !table_revoke_key(ctx, &mr->key);
     if (!busy) {
         key_remove(ctx, &mr->key);
         pd_of(base->pd)->children--;
@@ -430,11 +431,12 @@ static bool change_region(struct context *ctx, struct mr *mr, int flags, const s
     bool free_to_change;
 
     pthread_mutex_lock(&ctx->lock);
-    free_to_change = mr->windows == 0;
+    free_to_change = mr->windows == 0 && table_revoke_key(ctx, &mr->key);
     if (free_to_change) {
         pd_of(mr->base.pd)->children--;
         set_region(mr, to->pd, to->addr, to->length, iova, to->access);
         pd_of(to->pd)->children++;
+        table_publish_key(ctx, &mr->key);
     }
     pthread_mutex_unlock(&ctx->lock);
     return free_to_change;
@@ -503,14 +505,23 @@ struct ibv_mw *mw_alloc(struct ibv_pd *pd, enum ibv_mw_type type)
     return &mw->base;
 }
 
-static void unbind(struct mw *mw)
+static void forget_binding(struct mw *mw)
 {
-    if (!mw->key.valid)
-        return;
     mw->key.valid = false;
     mw->key.region->windows--;
     mw->key.region = NULL;
     list_del(&mw->in_bound);
+}
+
+/* False: a peer on this host is stopped in the middle of an access, and the window stays as it is. */
+static bool unbind(struct context *ctx, struct mw *mw)
+{
+    if (!mw->key.valid)
+        return true;
+    if (!table_revoke_key(ctx, &mw->key))
+        return false;
+    forget_binding(mw);
+    return true;
 }
 
 int mw_dealloc(struct ibv_mw *base)
@@ -522,9 +533,8 @@ int mw_dealloc(struct ibv_mw *base)
     if (context_is_foreign(ctx))
         return ENODEV;
     pthread_mutex_lock(&ctx->lock);
-    busy = mw->posted > 0;
+    busy = mw->posted > 0 || !unbind(ctx, mw);
     if (!busy) {
-        unbind(mw);
         key_remove(ctx, &mw->key);
         pd_of(base->pd)->children--;
     }
@@ -574,6 +584,7 @@ static void bind(struct context *ctx, const struct qp *qp, struct mw *mw, const 
     mw->key.qp_num = qp->base.qp_num;
     mr->windows++;
     list_add_tail(&ctx->bound_windows, &mw->in_bound);
+    table_publish_key(ctx, &mw->key);
 }
 
 /* A window of type 1 is bound anew over what it had, or with length 0 to nothing. One of type 2 must be unbound,
@@ -590,7 +601,8 @@ enum ibv_wc_status mw_bind(struct context *ctx, struct qp *qp, struct ibv_mw *ba
         return IBV_WC_MW_BIND_ERR;
     if (to_nothing ? mw->key.pd != qp->base.pd : !info->mr || !may_bind(qp, mw, info))
         return IBV_WC_MW_BIND_ERR;
-    unbind(mw);
+    if (!unbind(ctx, mw))
+        return IBV_WC_MW_BIND_ERR;
     mw->key.value = new_rkey;
     if (!to_nothing)
         bind(ctx, qp, mw, info);
@@ -610,8 +622,7 @@ bool key_invalidate(struct context *ctx, struct qp *qp, uint32_t rkey)
 
     if (!key || key->kind != KEY_MW_TYPE_2 || key->pd != qp->base.pd || key->qp_num != qp->base.qp_num)
         return false;
-    unbind(mw_of_key(key));
-    return true;
+    return unbind(ctx, mw_of_key(key));
 }
 
 void mw_unbind_all(struct context *ctx, uint32_t qp_num)
@@ -622,7 +633,9 @@ void mw_unbind_all(struct context *ctx, uint32_t qp_num)
         struct mw *mw = list_entry(entry, struct mw, in_bound);
 
         entry = entry->next;
-        if (mw->key.kind == KEY_MW_TYPE_2 && mw->key.qp_num == qp_num)
-            unbind(mw);
+        if (mw->key.kind != KEY_MW_TYPE_2 || mw->key.qp_num != qp_num || unbind(ctx, mw))
+            continue;
+        table_abandon_key(&mw->key); /* the queue pair is unknown to peers by now */
+        forget_binding(mw);
     }
 }

@@ -287,7 +287,7 @@ static void retry_starved(struct context *ctx)
     while ((entry = list_pop(&waiting))) {
         struct qp *qp = list_entry(entry, struct qp, in_tx);
 
-        if (tx_has_room(qp->slot, &qp->remote, qp->mtu))
+        if (req_has_room(qp))
             progress_tx_ready(ctx, qp);
         else
             list_add_tail(&ctx->starved, entry);

@@ -183,6 +183,7 @@ void qp_to_error(struct context *ctx, struct qp *qp, enum ibv_event_type event)
     if (qp->base.state == IBV_QPS_RESET || qp->base.state == IBV_QPS_ERR)
         return;
     set_state(qp, IBV_QPS_ERR);
+    table_hide_qp(ctx, qp);
     quiesce(ctx, qp);
     req_flush(ctx, qp);
     resp_flush(ctx, qp);
@@ -192,9 +193,12 @@ void qp_to_error(struct context *ctx, struct qp *qp, enum ibv_event_type event)
         async_post(ctx, IBV_EVENT_QP_LAST_WQE_REACHED, EVENT_QP, qp);
 }
 
-/* Everything posted is forgotten, without completions. */
-static void to_reset(struct context *ctx, struct qp *qp)
+/* Everything posted is forgotten, without completions. 0, or EBUSY: a peer on this host is stopped in the middle of
+ * an access. */
+static int to_reset(struct context *ctx, struct qp *qp)
 {
+    if (!table_revoke_qp(ctx, qp))
+        return EBUSY;
     set_state(qp, IBV_QPS_RESET);
     quiesce(ctx, qp);
     cq_forget((struct cq *)(void *)qp->base.send_cq, qp->base.qp_num);
@@ -206,6 +210,7 @@ static void to_reset(struct context *ctx, struct qp *qp)
     memset(&qp->resp, 0, sizeof(qp->resp));
     qp->rq.tail = qp->rq.head;
     qp->comm_established = qp->sqd_notify = false;
+    return 0;
 }
 
 bool sge_scatter(struct context *ctx, struct ibv_pd *pd, const struct ibv_sge *sge, uint32_t offset,
@@ -289,6 +294,8 @@ static int change_state(struct context *ctx, struct qp *qp, const struct ibv_qp_
     struct ibv_qp_attr before = qp->attr;
     int rc;
 
+    if (!table_revoke_qp(ctx, qp)) /* what peers know of it changes */
+        return EBUSY;
     if (mask & IBV_QP_AV) {
         rc = set_address(ctx, qp, &attr->ah_attr, mask & IBV_QP_PATH_MTU ? attr->path_mtu : qp->attr.path_mtu);
         if (rc)
@@ -307,6 +314,7 @@ static int change_state(struct context *ctx, struct qp *qp, const struct ibv_qp_
     if (to == IBV_QPS_RTS && from == IBV_QPS_RTR)
         req_reset(ctx, qp);
     set_state(qp, to);
+    table_publish_qp(ctx, qp);
     if (to == IBV_QPS_SQD && from == IBV_QPS_RTS) {
         qp->sqd_notify = mask & IBV_QP_EN_SQD_ASYNC_NOTIFY && attr->en_sqd_async_notify;
         req_check_drained(ctx, qp);
@@ -330,10 +338,8 @@ static int modify(struct context *ctx, struct qp *qp, const struct ibv_qp_attr *
             set_state(qp, IBV_QPS_ERR);
         return 0;
     }
-    if (to == IBV_QPS_RESET) {
-        to_reset(ctx, qp);
-        return 0;
-    }
+    if (to == IBV_QPS_RESET)
+        return to_reset(ctx, qp);
     return change_state(ctx, qp, attr, mask, to);
 }
 
@@ -574,11 +580,16 @@ EXPORT int ibv_destroy_qp(struct ibv_qp *base)
 {
     struct context *ctx = context_of(base->context);
     struct qp *qp = (struct qp *)(void *)base;
+    int rc;
 
     if (context_is_foreign(ctx))
         return ENODEV;
     pthread_mutex_lock(&ctx->lock);
-    to_reset(ctx, qp);
+    rc = to_reset(ctx, qp);
+    if (rc) {
+        pthread_mutex_unlock(&ctx->lock);
+        return rc;
+    }
     async_forget(ctx, qp);
     idmap_remove(&ctx->qps, qp->base.qp_num);
     list_del(&qp->in_all);

@@ -27,6 +27,10 @@ enum {
     RTO_MIN = 1000 * 1000,      /* ns */
     RTO_FIRST = 16 * 1000 * 1000, /* before a round trip was measured */
     BACKOFF_MAX = 16,
+    DIRECT_PIECE = 512 << 10, /* bytes that are moved at a time without the peer: so long a revocation waits for us */
+    PACKET = 4096,            /* ... so many count as one packet of the budget */
+    ROOM_WAIT = 250 * 1000 * 1000,   /* ns that an unreliable service waits for room on the link */
+    ROOM_PAUSE = 2000 * 1000 * 1000, /* ... and how long not again after that was in vain */
 };
 
 static struct send_wqe *wqe_at(const struct sq *sq, uint32_t index)
@@ -271,7 +275,7 @@ static void start_timing(struct requester *req, uint32_t psn, uint64_t now)
     }
 }
 
-enum step { STEP_BLOCKED, STEP_MORE, STEP_DONE };
+enum step { STEP_BLOCKED, STEP_MORE, STEP_DONE, STEP_COMPLETED };
 
 /* How many packets one read request asks for at most. The pieces of a read must be the same when it is sent again:
  * a responder answers a repeated request only within one that it knows. */
@@ -399,6 +403,30 @@ static bool starves(struct context *ctx, struct qp *qp)
     return true;
 }
 
+/* An unreliable service waits for room too, or a burst would be lost that the peer is about to take; but not for long,
+ * for a peer that takes nothing must not hold up what goes to others. Then what finds no room is lost, as on any
+ * wire. Its timer has no other use. */
+static bool waits_for_room(struct context *ctx, struct qp *qp, uint64_t now)
+{
+    if (now < qp->req.no_wait_until || req_has_room(qp)) {
+        qp->deadline = NEVER;
+        return false;
+    }
+    if (qp->deadline == NEVER)
+        timer_set(ctx, qp, now + ROOM_WAIT);
+    progress_starved(ctx, qp);
+    return true;
+}
+
+bool req_has_room(const struct qp *qp)
+{
+    const struct send_wqe *wqe = wqe_at(&qp->sq, qp->sq.cursor);
+
+    if (qp->base.qp_type != IBV_QPT_UD)
+        return tx_has_room(qp->slot, &qp->remote, qp->mtu);
+    return qp->sq.cursor == qp->sq.head || tx_has_room(wqe->slot, &wqe->to, wqe->length);
+}
+
 /* One packet of a SEND or WRITE. */
 static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
 {
@@ -424,6 +452,8 @@ static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_w
         if (in_flight(req) >= req->window || starves(ctx, qp))
             return STEP_BLOCKED;
         packet.ack_request = asks_for_ack(req, last);
+    } else if (waits_for_room(ctx, qp, now)) {
+        return STEP_BLOCKED;
     }
     tx_begin(ctx, &out, qp->slot, &qp->remote);
     out.traffic_class = qp->attr.ah_attr.grh.traffic_class;
@@ -441,7 +471,7 @@ static enum step transmit_data(struct context *ctx, struct qp *qp, struct send_w
     return last ? STEP_DONE : STEP_MORE;
 }
 
-static enum step transmit_datagram(struct context *ctx, struct qp *qp, struct send_wqe *wqe)
+static enum step transmit_datagram(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
 {
     struct tx_packet out;
     struct packet packet = {
@@ -455,6 +485,8 @@ static enum step transmit_datagram(struct context *ctx, struct qp *qp, struct se
         .imm = wqe->imm,
     };
 
+    if (waits_for_room(ctx, qp, now))
+        return STEP_BLOCKED;
     tx_begin(ctx, &out, wqe->slot, &wqe->to);
     out.traffic_class = wqe->traffic_class;
     out.head_size = wire_build(out.head, &packet);
@@ -487,7 +519,46 @@ static enum step run_local(struct context *ctx, struct qp *qp, struct send_wqe *
     return STEP_DONE;
 }
 
-static enum step transmit_step(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now)
+/* Whether nothing of this queue pair's is on its way: what is done at the peer now is done in order. */
+static bool is_quiet(const struct qp *qp)
+{
+    return qp->sq.cursor == qp->sq.tail && qp->req.una == qp->req.sent_psn;
+}
+
+/* Carries out a work request, or a piece of it, in the peer's memory. False: it goes by packets, from its start. */
+static bool run_direct(struct context *ctx, struct qp *qp, struct send_wqe *wqe, int *budget)
+{
+    uint32_t left = wqe->length - wqe->moved, piece = left < DIRECT_PIECE ? left : DIRECT_PIECE;
+
+    switch (wqe->opcode) {
+    case IBV_WR_RDMA_WRITE:
+    case IBV_WR_RDMA_READ:
+        if (!piece || !direct_move(ctx, qp, wqe, wqe->moved, piece))
+            return false;
+        break;
+    case IBV_WR_ATOMIC_CMP_AND_SWP:
+    case IBV_WR_ATOMIC_FETCH_AND_ADD:
+        if (!direct_atomic(ctx, qp, wqe))
+            return false;
+        break;
+    default:
+        return false;
+    }
+    wqe->moved += piece;
+    *budget -= (int)(piece / PACKET);
+    return true;
+}
+
+static enum step direct_step(struct context *ctx, struct qp *qp, struct send_wqe *wqe)
+{
+    if (wqe->moved < wqe->length)
+        return STEP_MORE;
+    ctx->counters.direct++;
+    complete(qp, IBV_WC_SUCCESS);
+    return STEP_COMPLETED;
+}
+
+static enum step transmit_step(struct context *ctx, struct qp *qp, struct send_wqe *wqe, uint64_t now, int *budget)
 {
     if (wqe->status != IBV_WC_SUCCESS) { /* failed before those in front of it were sent again */
         qp->req.stalled = true;
@@ -507,9 +578,11 @@ static enum step transmit_step(struct context *ctx, struct qp *qp, struct send_w
         stall(ctx, qp, wqe, IBV_WC_LOC_QP_OP_ERR);
         return STEP_BLOCKED;
     }
+    if (!wqe->started && qp->base.qp_type == IBV_QPT_RC && is_quiet(qp) && run_direct(ctx, qp, wqe, budget))
+        return direct_step(ctx, qp, wqe);
     assign_psns(qp, wqe);
     if (qp->base.qp_type == IBV_QPT_UD)
-        return transmit_datagram(ctx, qp, wqe);
+        return transmit_datagram(ctx, qp, wqe, now);
     if (wqe->opcode == IBV_WR_RDMA_READ)
         return transmit_read(ctx, qp, wqe, now);
     if (is_answered(wqe))
@@ -537,7 +610,7 @@ void req_transmit(struct context *ctx, struct qp *qp, int budget)
             progress_tx_ready(ctx, qp);
             break;
         }
-        step = transmit_step(ctx, qp, wqe_at(sq, sq->cursor), now);
+        step = transmit_step(ctx, qp, wqe_at(sq, sq->cursor), now, &budget);
         if (step == STEP_BLOCKED)
             break;
         if (step == STEP_DONE) {
@@ -861,6 +934,13 @@ void req_timer(struct context *ctx, struct qp *qp, uint64_t now)
 {
     struct requester *req = &qp->req;
 
+    if (qp->base.qp_type != IBV_QPT_RC) { /* there was no room for so long */
+        if (!req_has_room(qp))
+            req->no_wait_until = now + ROOM_PAUSE;
+        list_del(&qp->in_tx);
+        progress_tx_ready(ctx, qp);
+        return;
+    }
     if (req->rnr_waiting) {
         req->rnr_waiting = false;
         req->last_progress = now;

@@ -38,12 +38,13 @@ static bool read_tail(struct ring_producer *ring)
     return true;
 }
 
-bool ring_room(struct ring_producer *ring, uint32_t *room)
+enum ring_result ring_room(struct ring_producer *ring, uint32_t wanted)
 {
+    if (RING_BYTES - (ring->head - ring->tail) >= wanted)
+        return RING_OK;
     if (!read_tail(ring))
-        return false;
-    *room = RING_BYTES - (ring->head - ring->tail);
-    return true;
+        return RING_BROKEN;
+    return RING_BYTES - (ring->head - ring->tail) >= wanted ? RING_OK : RING_FULL;
 }
 
 static void skip_to_start(struct ring_producer *ring)

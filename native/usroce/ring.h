@@ -32,6 +32,7 @@ struct ring_shared {
     _Alignas(RING_LINE) _Atomic uint32_t tail;    /* the consumer's: given back up to here */
     _Alignas(RING_LINE) _Atomic uint32_t asleep;  /* set by the consumer, cleared by who wakes it */
     _Alignas(RING_LINE) _Atomic uint32_t waiting; /* set by the producer, which wants room; the same */
+    _Alignas(RING_LINE) _Atomic uint32_t busy;    /* of the producer: see table.h; nothing to do with the ring */
     _Alignas(RING_PAGE) uint8_t data[RING_BYTES];
 };
 
@@ -57,8 +58,8 @@ enum ring_result ring_put(struct ring_producer *ring, const struct frame *frame)
 void ring_publish(struct ring_producer *ring);
 /* After ring_publish(). True: the consumer sleeps and is to be woken, which nobody else will do now. */
 bool ring_wants_wake(struct ring_producer *ring);
-/* Bytes that are free; a frame takes ring_entry() of them. False: RING_BROKEN. */
-bool ring_room(struct ring_producer *ring, uint32_t *room);
+/* Whether so many bytes are free; a frame takes ring_entry() of them. RING_OK, RING_FULL or RING_BROKEN. */
+enum ring_result ring_room(struct ring_producer *ring, uint32_t wanted);
 /* Asks to be woken when half of the ring is free. False: it is already. */
 bool ring_await_room(struct ring_producer *ring);
 

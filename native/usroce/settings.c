@@ -180,6 +180,11 @@ static const char *parse_shm(struct settings *settings, const char *text)
     return parse_switch(&settings->shm, text);
 }
 
+static const char *parse_direct(struct settings *settings, const char *text)
+{
+    return parse_switch(&settings->direct, text);
+}
+
 static const char *parse_memlock(struct settings *settings, const char *text)
 {
     return parse_switch(&settings->count_locked, text);
@@ -198,6 +203,7 @@ static struct setting {
     {"socket_buffer", "AIORDMA_USROCE_SOCKET_BUFFER", parse_socket_buffer, NULL},
     {"gso", "AIORDMA_USROCE_GSO", parse_gso, NULL},
     {"shm", "AIORDMA_USROCE_SHM", parse_shm, NULL},
+    {"direct", "AIORDMA_USROCE_DIRECT", parse_direct, NULL},
     {"memlock", "AIORDMA_USROCE_MEMLOCK", parse_memlock, NULL},
 };
 
@@ -219,7 +225,7 @@ static void set_defaults(struct settings *settings)
     settings->default_addresses = true;
     settings->socket_buffer = SOCKET_BUFFER;
     settings->gso = true;
-    settings->shm = false; /* until it has been in use for longer */
+    settings->shm = settings->direct = true;
 }
 
 /* An empty variable is one that is not set. */

@@ -18,7 +18,11 @@
  *   wire.[ch]    headers of RoCE v2, the opcode table, bounds-checked parse
  *   icrc.[ch]    the invariant CRC
  *   link.h, link_udp.c, link_shm.c, link_fault.c, link_pcap.c   what frames travel over
+ *   shm.h, shm_setup.c, shm_channel.c   of the shared-memory link: who may have a channel, and those there are
  *   ring.[ch]    frames in memory that two processes share
+ *   table.[ch]   what peers on this host may know of keys and queue pairs, and its revocation
+ *   direct.c     one-sided operations in the memory of such a peer, without it
+ *   slab.c       memory that such a peer can map
  *   idmap.[ch]   numbers to objects
  *   names.c      ibv_wc_status_str() and the like
  *   absent.c     the functions of libibverbs that this device has no use for
@@ -43,6 +47,7 @@
 
 #include "idmap.h"
 #include "link.h"
+#include "table.h"
 #include "usroce_api.h"
 #include "wire.h"
 
@@ -125,6 +130,7 @@ static inline struct list *list_pop(struct list *head)
 
 struct pd {
     struct ibv_pd base;
+    uint32_t number;       /* other than that of any other of this device */
     unsigned int children; /* regions, windows, queue pairs, SRQs, address handles: dealloc gives EBUSY */
 };
 
@@ -142,6 +148,7 @@ struct key {
     int access;        /* enum ibv_access_flags */
     uint32_t qp_num;   /* type 2: the queue pair it is bound to */
     struct mr *region; /* windows: what they are bound over */
+    struct table_key *published; /* NULL: peers do not know it */
 };
 
 struct mr {
@@ -225,6 +232,7 @@ struct send_wqe {
     unsigned int flags;    /* enum ibv_send_flags */
     bool signaled;
     bool started;          /* first_psn and last_psn are assigned */
+    uint32_t moved;        /* bytes that direct.c has moved so far; what is started goes by packets, from 0 on */
     bool done;             /* a read or atomic that is answered, a local operation that ran */
     enum ibv_wc_status status;
     uint32_t length;       /* payload bytes, all pieces */
@@ -299,6 +307,7 @@ struct requester {
     uint64_t srtt, rttvar; /* round trip in ns, smoothed, and how much it varies; 0: not measured */
     uint32_t timed_psn;   /* the PSN whose round trip is being measured */
     uint64_t timed_at;    /* 0: none */
+    uint64_t no_wait_until; /* unreliable: ns; what finds no room on the link before that is lost at once */
 };
 
 struct responder {
@@ -347,6 +356,7 @@ struct qp {
     bool any_ip_id;          /* the peer may be something that does not send IP identification 0..63 */
     uint32_t mtu;            /* bytes */
     uint64_t ack_timeout;    /* ns; 0: none */
+    struct table_qp *published; /* NULL: peers do not know it */
     bool comm_established;
     bool last_wqe_event;
     bool sqd_notify;
@@ -391,6 +401,8 @@ struct context {
     int num_gids;
     struct idmap qps;           /* qp_num to struct qp */
     struct idmap keys;          /* key >> 8 to struct key */
+    struct table *table;        /* of what peers on this host may know; NULL: of nothing */
+    uint32_t last_pd;           /* its number */
     struct list all_qps;
     struct list bound_windows;  /* of struct mw.in_bound */
     unsigned int num_cqs, num_pds, num_channels;
@@ -448,6 +460,7 @@ struct settings {
     uint32_t socket_buffer; /* bytes asked of the kernel; AIORDMA_USROCE_SOCKET_BUFFER */
     bool gso;             /* AIORDMA_USROCE_GSO */
     bool shm;             /* AIORDMA_USROCE_SHM */
+    bool direct;          /* AIORDMA_USROCE_DIRECT */
     bool count_locked;    /* enforce RLIMIT_MEMLOCK as a pinning device would; AIORDMA_USROCE_MEMLOCK */
 };
 /* Environment, overridden by usroce_set_option(). 0 or EINVAL with a line on stderr that says what and where. */
@@ -502,6 +515,43 @@ void memory_forget_locked(void);
 struct ibv_mw *mw_alloc(struct ibv_pd *pd, enum ibv_mw_type type);
 int mw_dealloc(struct ibv_mw *mw);
 
+/* --- table.c, see table.h; with the device lock --------------------------------------------------------------- */
+
+enum { REMOTE_RIGHTS = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC };
+
+/* A key or queue pair became valid: peers may know it. Without a place for it they do without. */
+void table_publish_key(struct context *ctx, struct key *key);
+void table_publish_qp(struct context *ctx, struct qp *qp);
+/* Nothing of a peer's lands by it any more. False: a peer is stopped in the middle of something; a key stands as
+ * before, a queue pair is unknown from now on and is to be revoked again. */
+bool table_revoke_key(struct context *ctx, struct key *key);
+bool table_revoke_qp(struct context *ctx, struct qp *qp);
+/* Where a key goes that could not be revoked: nobody goes by it any more, and its place is never used again. */
+void table_abandon_key(struct key *key);
+/* What a peer begins from now on does not go by it; what it has begun is not waited for. */
+void table_hide_qp(const struct context *ctx, struct qp *qp);
+/* Wrappers of links came or went: they see packets, so there must be some. */
+void table_set_open(struct context *ctx);
+/* The device goes, and whatever it has left. Before its links. */
+void table_close(struct context *ctx);
+
+/* --- direct.c ------------------------------------------------------------------------------------------------- */
+
+/* Carries out `size` bytes of an RDMA WRITE or READ from `offset` on. False: by packets. */
+bool direct_move(struct context *ctx, struct qp *qp, const struct send_wqe *wqe, uint64_t offset, uint32_t size);
+bool direct_atomic(struct context *ctx, struct qp *qp, const struct send_wqe *wqe);
+
+/* --- slab.c --------------------------------------------------------------------------------------------------- */
+
+struct slab {
+    uint8_t *at;
+    uint64_t size, inode;
+    uint32_t number; /* no other slab of the process has or had it; not 0 */
+    int fd;
+};
+/* The slab in which all of that memory lies. False: there is none. */
+bool slab_find(const uint8_t *at, uint64_t length, struct slab *slab);
+
 /* --- srq.c ---------------------------------------------------------------------------------------------------- */
 
 int rq_init(struct rq *rq, uint32_t max_wr, uint32_t max_sge);
@@ -555,6 +605,8 @@ void wr_interface_init(struct qp *qp);
 void req_reset(struct context *ctx, struct qp *qp);
 /* Transmits what windows and `budget` (packets) allow; leaves the QP in context.tx_ready if there is more. */
 void req_transmit(struct context *ctx, struct qp *qp, int budget);
+/* Whether the link would take the packet that is next. */
+bool req_has_room(const struct qp *qp);
 /* A response packet: acknowledgement, read response, atomic answer. */
 void req_receive(struct context *ctx, struct qp *qp, const struct packet *packet);
 void req_timer(struct context *ctx, struct qp *qp, uint64_t now);

@@ -39,16 +39,24 @@ struct usroce_counters {
     uint64_t shm_sent, shm_received; /* of `sent` and `received`: through memory shared with the peer */
     uint64_t shm_peers;          /* devices that packets go to through memory, at present */
     uint64_t shm_refused;        /* not set up with a device on this host: of another user, or broken */
+    uint64_t direct, direct_bytes; /* one-sided operations carried out in the peer's memory, without packets */
 };
 
 /* Sets `name` (as in the environment, without AIORDMA_USROCE_, lower case: "address", "pcap", "fault",
- * "socket_buffer", "gso", "shm", "memlock") for devices listed or opened from now on; NULL removes it. 0, ENOENT for an
+ * "socket_buffer", "gso", "shm", "direct", "memlock") for devices listed or opened from now on; NULL removes it. 0, ENOENT for an
  * unknown name, EINVAL for a bad value. */
 int usroce_set_option(const char *name, const char *value);
 /* 0; EINVAL: a probability outside 0..1; ENOTSUP: not a device of ours. NULL ends all faults. */
 int usroce_set_fault(struct ibv_context *context, const struct usroce_fault *fault);
 /* Starts (or, with NULL, ends) a capture of everything sent and received, as a pcap file. 0 or an errno. */
 int usroce_capture(struct ibv_context *context, const char *path);
+/* Memory, zeroed, that peers on this host can map: operations on regions in it need not go between processes. Whole
+ * pages are best. NULL with errno (ENOTSUP: the settings want none); usroce_free() gives it back: 0, or EINVAL if it is none of that. No region may be
+ * left in it then. After fork() it is both processes' one memory. */
+void *usroce_alloc(size_t size);
+int usroce_free(void *memory);
+/* No peer can map it from now on; it is ordinary memory. No region may be left in it. 0 or EINVAL. */
+int usroce_unshare(void *memory);
 int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 
 #endif

@@ -84,6 +84,21 @@ async def test_two_configurations_in_one_loop_are_two_devices() -> None:
             assert third.server.route.adapter is second.server.route.adapter
 
 
+@pytest.mark.parametrize("shared", [True, False])
+async def test_whether_memory_is_shared(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration comes before the environment; one that says nothing shares."""
+    monkeypatch.setenv("AIORDMA_USROCE_SHM", "0" if shared else "1")
+    one = Config(usroce_address="127.0.0.4", usroce_shared_memory=shared)
+    other = Config(usroce_address="127.0.0.5", usroce_shared_memory=shared)
+    async with connected_pair(one, server_config=other) as pair:
+        for _ in range(50):
+            await pair.client.send(b"hello")
+            assert await pair.server.recv() == b"hello"
+        for end in pair:
+            counters = usroce.counters(end.route.adapter.context)
+            assert (counters.shm_peers, counters.shm_sent > 0) == (int(shared), shared)
+
+
 async def test_devices_of_one_address_find_each_other_by_their_ports() -> None:
     """Processes on one address are like these: the second has another UDP port, which the handshake tells."""
     plain, same = Config(), Config(usroce_address="127.0.0.1")

@@ -35,6 +35,7 @@ static inline void need(int holds, const char *what)
 
 /* --- the clock of the device ------------------------------------------------------------------------------- */
 
+#ifndef REAL_CLOCK
 static uint64_t fake_now = 1000;
 
 uint64_t now_ns(void);
@@ -42,6 +43,7 @@ uint64_t now_ns(void)
 {
     return fake_now;
 }
+#endif
 
 /* --- frames ------------------------------------------------------------------------------------------------ */
 

@@ -1,6 +1,7 @@
 /* The shared-memory link: how two devices find each other, who is let in, what a full ring and a sleeping peer do,
  * and peers that write garbage or are killed, at any moment. */
 #define _GNU_SOURCE
+#define REAL_CLOCK
 #include "links.h"
 
 #include <dirent.h>
@@ -24,7 +25,7 @@ static void open_shm(struct side *side, const char *address)
 {
     need(!open_side(side, address, 0, true), "a UDP link");
     side->link->counters = &side->counters;
-    need(!link_shm_open(&side->link, side->link), "a shared-memory link");
+    need(!link_shm_open(&side->link, side->link, NULL), "a shared-memory link");
 }
 
 static int take(struct side *side)
@@ -351,7 +352,7 @@ static void greet(int fd, const void *hello, size_t size, const int *passed, int
 
 static struct hello right_hello(uint16_t port)
 {
-    struct hello hello = {.magic = "usroce1", .ring_bytes = RING_BYTES, .port = port};
+    struct hello hello = {.magic = "usroce2", .ring_bytes = RING_BYTES, .port = port};
     struct endpoint from = endpoint("127.0.0.1", port);
 
     memcpy(hello.gid, from.gid.raw, sizeof(hello.gid));
@@ -370,16 +371,19 @@ static int memory(off_t size, int seals)
 static bool is_taken(struct side *side, const void *hello, size_t size, const int *passed, int count)
 {
     uint64_t before = side->counters.shm_refused;
-    int fd = call(side), rc;
-    char byte;
+    int fd = call(side);
+    char byte = 2;
+    bool taken;
 
     greet(fd, hello, size, passed, count);
     pump(side);
-    rc = (int)recv(fd, &byte, 1, MSG_DONTWAIT);
+    check(recv(fd, &byte, 1, MSG_DONTWAIT) == 1, "an answer");
+    taken = byte == 0;
+    check(taken || (byte == 1 && recv(fd, &byte, 1, MSG_DONTWAIT) == 0), "a refusal, and the end");
     close(fd);
     pump(side);
-    check(rc == 1 || side->counters.shm_refused == before + 1, "a refusal is counted");
-    return rc == 1;
+    check(side->counters.shm_refused == before + !taken, "a refusal is counted");
+    return taken;
 }
 
 static void bad_greetings(void)
@@ -422,6 +426,91 @@ static void bad_greetings(void)
     close_side(&a);
 }
 
+static struct ring_shared *map(int fd)
+{
+    void *shared = mmap(NULL, sizeof(struct ring_shared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    need(shared != MAP_FAILED, "a mapping");
+    return shared;
+}
+
+/* A revocation waits for a peer that is in the middle of an access, but not for ever, and not for a dead one. */
+static void settling(void)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    struct hello hello = right_hello(4000);
+    int passed = memory(sizeof(struct ring_shared), seals), fd;
+    struct ring_shared *shared = map(passed);
+    struct side a;
+    pid_t pid;
+
+    open_shm(&a, "127.0.0.1");
+    check(a.link->ops->settle(a.link), "nobody is there");
+    fd = call(&a);
+    greet(fd, &hello, sizeof(hello), &passed, 1);
+    close(passed);
+    pump(&a);
+    check(a.link->ops->settle(a.link), "nobody is busy");
+    atomic_store(&shared->busy, 1);
+    check(!a.link->ops->settle(a.link), "one that does not come to an end");
+    pid = fork();
+    if (pid == 0) {
+        atomic_store(&shared->busy, 3);
+        _exit(0);
+    }
+    check(a.link->ops->settle(a.link), "busy with the next thing");
+    waitpid(pid, NULL, 0);
+    close(fd);
+    check(a.link->ops->settle(a.link), "dead");
+    munmap(shared, sizeof(*shared));
+    close_side(&a);
+}
+
+/* Who dies while a channel is set up refuses nothing, and nothing is left of it. */
+static void gone_in_the_middle(void)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    struct hello hello = right_hello(4000);
+    struct endpoint self = endpoint("127.0.0.1", 5);
+    struct sockaddr_un name;
+    socklen_t size = name_of(&self, &name);
+    int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0), fd, passed, before;
+    struct side a;
+
+    need(!bind(listener, (const struct sockaddr *)(const void *)&name, size) && !listen(listener, 5), "a name");
+    open_shm(&a, "127.0.0.1");
+    before = descriptors();
+    close(call(&a)); /* before it was accepted */
+    pump(&a);
+    fd = call(&a);
+    pump(&a);
+    close(fd); /* without a greeting */
+    pump(&a);
+    fd = call(&a);
+    passed = memory(sizeof(struct ring_shared), seals);
+    greet(fd, &hello, sizeof(hello), &passed, 1);
+    close(passed);
+    close(fd); /* before the answer */
+    pump(&a);
+    for (int i = 0; i < 3; i++) {
+        a.link->ops->prepare(a.link, &self);
+        fd = accept(listener, NULL, NULL);
+        need(fd >= 0, "a connection");
+        close(fd); /* instead of an answer */
+        pump(&a);
+    }
+    check(!a.counters.shm_refused && !a.counters.shm_peers, "nobody was refused");
+    check(a.link->ops->sleep(a.link) && descriptors() == before, "nothing is left of them");
+    a.link->ops->prepare(a.link, &self);
+    fd = accept(listener, NULL, NULL);
+    need(fd >= 0 && send(fd, "\1", 1, MSG_NOSIGNAL) == 1, "a refusal");
+    pump(&a);
+    check(a.counters.shm_refused == 1 && !a.counters.shm_peers, "who refuses is counted");
+    close(fd);
+    close(listener);
+    close_side(&a);
+}
+
 static uint32_t chance_state = 12345;
 
 static uint32_t chance(void)
@@ -450,14 +539,6 @@ static void scribble(struct ring_shared *shared)
             __atomic_store_n((uint64_t *)(void *)(shared->data + chance() % 256 * RING_LINE), word,
                              __ATOMIC_RELAXED);
         }
-}
-
-static struct ring_shared *map(int fd)
-{
-    void *shared = mmap(NULL, sizeof(struct ring_shared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-
-    need(shared != MAP_FAILED, "a mapping");
-    return shared;
 }
 
 static uint32_t sum_of(const uint8_t *data, uint32_t size)
@@ -563,7 +644,7 @@ static void garbage_out(void)
 
     need(!bind(listener, (const struct sockaddr *)(const void *)&name, size) && !listen(listener, 5), "a name");
     open_shm(&a, "127.0.0.1");
-    for (int round = 0; round < 200; round++) {
+    for (int round = 0; round < 60; round++) {
         struct ring_shared *shared;
         int fd;
 
@@ -571,7 +652,7 @@ static void garbage_out(void)
         shared = accept_channel(listener, &fd);
         pump(&a);
         check(a.counters.shm_peers == 1, "open");
-        for (uint32_t n = 0; n < 200; n++) {
+        for (uint32_t n = 0; n < 2500; n++) { /* so many that the tail is asked for */
             scribble(shared);
             a.link->ops->has_room(a.link, &self, 4000);
             send_frame(a.link, &self, n, SMALLEST + 4 * (chance() % 1000), 0);
@@ -588,7 +669,7 @@ static void garbage_out(void)
         pump(&a);
         check(!a.counters.shm_peers, "gone");
     }
-    check(a.counters.shm_refused > 50, "garbage is noticed");
+    check(a.counters.shm_refused > 20, "garbage is noticed");
     close(listener);
     close_side(&a);
 }
@@ -800,6 +881,8 @@ int main(void)
     RUN(last_words());
     RUN(other_user());
     RUN(bad_greetings());
+    RUN(gone_in_the_middle());
+    RUN(settling());
     RUN(garbage_in());
     RUN(garbage_out());
     RUN(rude_listener());

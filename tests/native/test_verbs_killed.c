@@ -1,9 +1,11 @@
 /* Peers in processes of their own that are killed at random moments, in the middle of whatever they do to us and we to
  * them. The survivor sees silence, which is RETRY_EXC_ERR after the configured time; its memory is what it was, or what
- * the peer had the right to write; and it goes on with the next one. */
+ * the peer had the right to write; its other connection goes on all the time, nothing is left of the dead, and it goes
+ * on with the next one. The first argument is the seed. */
 #define _GNU_SOURCE
 #include "verbs_objects.h"
 
+#include <dirent.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -16,6 +18,7 @@ enum {
     COUNTER = SHARED - 8, /* it adds to it, and writes before it only */
     DEPTH = 16,
     TIMEOUT = 12,        /* 17 ms */
+    STEADY_TIMEOUT = 18, /* 1 s */
 };
 
 struct end {
@@ -23,6 +26,7 @@ struct end {
     struct ibv_pd *pd;
     struct ibv_mr *mr;
     struct ibv_cq *cq;
+    bool slab;       /* memory that peers can map */
     uint8_t *memory; /* guard, shared, guard, private, guard: PAGE, SHARED, PAGE, SHARED, PAGE */
 };
 
@@ -48,7 +52,8 @@ static void open_end(struct end *end)
     size_t size = 3 * PAGE + 2 * SHARED;
 
     end->context = open_device();
-    end->memory = aligned_alloc(PAGE, size);
+    end->slab = getenv("KILLED_SLAB");
+    end->memory = end->slab ? usroce_alloc(size) : aligned_alloc(PAGE, size);
     REQUIRE(end->memory);
     memset(end->memory, GUARD, size);
     end->pd = ibv_alloc_pd(end->context);
@@ -64,14 +69,17 @@ static void close_end(struct end *end)
     CHECK(!ibv_dereg_mr(end->mr));
     CHECK(!ibv_dealloc_pd(end->pd));
     CHECK(!ibv_close_device(end->context));
-    free(end->memory);
+    if (end->slab)
+        CHECK(!usroce_free(end->memory));
+    else
+        free(end->memory);
 }
 
-static struct ibv_qp *new_qp(const struct end *end)
+static struct ibv_qp *new_qp(const struct end *end, struct ibv_cq *cq)
 {
     struct ibv_qp_init_attr init = {
-        .send_cq = end->cq,
-        .recv_cq = end->cq,
+        .send_cq = cq,
+        .recv_cq = cq,
         .cap = {.max_send_wr = 2 * DEPTH, .max_recv_wr = 1, .max_send_sge = 1, .max_recv_sge = 1},
         .qp_type = IBV_QPT_RC,
         .sq_sig_all = 1,
@@ -93,7 +101,8 @@ static struct card card_of(const struct end *end, const struct ibv_qp *qp)
     return card;
 }
 
-static void connect_to(struct ibv_qp *qp, const struct card *peer)
+/* `steady`: nobody is to be given up because the machine is busy. */
+static void connect_to(struct ibv_qp *qp, const struct card *peer, bool steady)
 {
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_RTR,
@@ -102,8 +111,8 @@ static void connect_to(struct ibv_qp *qp, const struct card *peer)
         .max_dest_rd_atomic = 4,
         .min_rnr_timer = 1,
         .ah_attr = {.is_global = 1, .port_num = 1, .dlid = peer->lid, .grh = {.hop_limit = 64, .dgid = peer->gid}},
-        .timeout = TIMEOUT,
-        .retry_cnt = 2,
+        .timeout = steady ? STEADY_TIMEOUT : TIMEOUT,
+        .retry_cnt = steady ? 7 : 2,
         .max_rd_atomic = 4,
     };
 
@@ -168,8 +177,8 @@ static enum ibv_wc_status work(const struct end *end, struct ibv_qp *qp, const s
     return IBV_WC_SUCCESS;
 }
 
-/* The peer: until it is killed. */
-static void be_peer(int in, int out)
+/* The peer: until it is killed. A steady one only serves us. */
+static void be_peer(int in, int out, bool steady)
 {
     struct end end;
     struct ibv_qp *qp;
@@ -179,26 +188,72 @@ static void be_peer(int in, int out)
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     open_end(&end);
     memset(private_of(&end), PEER_WRITES, SHARED);
-    qp = new_qp(&end);
+    qp = new_qp(&end, end.cq);
     mine = card_of(&end, qp);
     REQUIRE(write(out, &mine, sizeof(mine)) == (ssize_t)sizeof(mine));
     REQUIRE(read(in, &theirs, sizeof(theirs)) == (ssize_t)sizeof(theirs));
-    connect_to(qp, &theirs);
+    connect_to(qp, &theirs, steady);
     REQUIRE(write(out, "", 1) == 1);
-    work(&end, qp, &theirs, &posted, UINT64_MAX);
+    if (!steady)
+        work(&end, qp, &theirs, &posted, UINT64_MAX);
     for (;;)
         pause();
 }
 
-/* A program of its own: a forked child of a process with threads may do little but this. */
-static void start_peer(int in, int out)
-{
-    char in_text[16], out_text[16];
+struct peer {
+    pid_t pid;
+    int to, from; /* pipes */
+    struct card card;
+    struct ibv_qp *qp; /* ours */
+};
 
-    snprintf(in_text, sizeof(in_text), "%d", in);
-    snprintf(out_text, sizeof(out_text), "%d", out);
-    execl("/proc/self/exe", "peer", in_text, out_text, (char *)NULL);
+/* A program of its own: a forked child of a process with threads may do little but this. */
+static void start_peer(const int to[2], const int from[2], bool steady)
+{
+    char in[16], out[16];
+
+    snprintf(in, sizeof(in), "%d", to[0]);
+    snprintf(out, sizeof(out), "%d", from[1]);
+    if (!fcntl(to[0], F_SETFD, 0) && !fcntl(from[1], F_SETFD, 0))
+        execl("/proc/self/exe", steady ? "steady" : "peer", "peer", in, out, (char *)NULL);
     _exit(1);
+}
+
+/* Starts a peer and connects to it. Should it die before that, reading from it fails. */
+static void meet(const struct end *end, struct ibv_cq *cq, struct peer *peer, bool steady)
+{
+    struct card mine;
+    int to[2], from[2];
+    char byte;
+
+    peer->qp = new_qp(end, cq);
+    mine = card_of(end, peer->qp);
+    REQUIRE(!pipe2(to, O_CLOEXEC) && !pipe2(from, O_CLOEXEC));
+    peer->pid = fork();
+    if (peer->pid == 0)
+        start_peer(to, from, steady);
+    REQUIRE(peer->pid > 0);
+    close(to[0]);
+    close(from[1]);
+    peer->to = to[1];
+    peer->from = from[0];
+    REQUIRE(read(peer->from, &peer->card, sizeof(peer->card)) == (ssize_t)sizeof(peer->card));
+    REQUIRE(write(peer->to, &mine, sizeof(mine)) == (ssize_t)sizeof(mine));
+    connect_to(peer->qp, &peer->card, steady);
+    REQUIRE(read(peer->from, &byte, 1) == 1);
+}
+
+static void kill_peer(const struct peer *peer)
+{
+    kill(peer->pid, SIGKILL);
+    REQUIRE(waitpid(peer->pid, NULL, 0) == peer->pid);
+}
+
+static void forget_peer(const struct peer *peer)
+{
+    CHECK(!ibv_destroy_qp(peer->qp));
+    close(peer->to);
+    close(peer->from);
 }
 
 static bool is_all(const uint8_t *at, size_t size, uint8_t a, uint8_t b)
@@ -226,65 +281,118 @@ static uint64_t in_microseconds(uint64_t more)
     return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000 + more;
 }
 
-static void round_with(struct end *end)
+/* The connection that nobody kills works. */
+static void check_steady(const struct end *end, struct ibv_cq *cq, const struct peer *steady)
 {
-    struct ibv_qp *qp = new_qp(end);
-    struct card mine = card_of(end, qp), theirs;
-    enum ibv_wc_status status;
-    int to[2], from[2], posted = 0;
-    pid_t pid;
-    char byte;
+    struct ibv_sge sge = {.addr = (uintptr_t)private_of(end), .length = 8, .lkey = end->mr->lkey};
+    struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_WRITE, .sg_list = &sge, .num_sge = 1};
 
-    REQUIRE(!pipe(to) && !pipe(from));
-    pid = fork();
-    if (pid == 0)
-        start_peer(to[0], from[1]);
-    REQUIRE(pid > 0);
-    REQUIRE(read(from[0], &theirs, sizeof(theirs)) == (ssize_t)sizeof(theirs));
-    REQUIRE(write(to[1], &mine, sizeof(mine)) == (ssize_t)sizeof(mine));
-    connect_to(qp, &theirs);
-    REQUIRE(read(from[0], &byte, 1) == 1);
-    status = work(end, qp, &theirs, &posted, in_microseconds((uint64_t)random() % 5000));
+    wr.wr.rdma.remote_addr = steady->card.addr;
+    wr.wr.rdma.rkey = steady->card.rkey;
+    REQUIRE(!post(steady->qp, &wr));
+    CHECK(next_completion(cq).status == IBV_WC_SUCCESS);
+}
+
+static void round_with(const struct end *end, struct ibv_cq *steady_cq, const struct peer *steady)
+{
+    enum ibv_wc_status status;
+    struct peer peer;
+    int posted = 0;
+
+    meet(end, end->cq, &peer, false);
+    status = work(end, peer.qp, &peer.card, &posted, in_microseconds((uint64_t)random() % 5000));
     CHECK(status == IBV_WC_SUCCESS);
-    kill(pid, SIGKILL);
-    REQUIRE(waitpid(pid, NULL, 0) == pid);
+    kill_peer(&peer);
+    check_steady(end, steady_cq, steady);
     if (status == IBV_WC_SUCCESS)
-        status = work(end, qp, &theirs, &posted, in_microseconds(PATIENCE * 1000000));
+        status = work(end, peer.qp, &peer.card, &posted, in_microseconds(PATIENCE * 1000000));
     CHECK(status == IBV_WC_RETRY_EXC_ERR);
+    check_steady(end, steady_cq, steady);
     check_memory(end);
-    CHECK(!ibv_destroy_qp(qp));
-    for (int i = 0; i < 2; i++) {
-        close(to[i]);
-        close(from[i]);
-    }
+    forget_peer(&peer);
+}
+
+static int descriptors(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    int count = 0;
+
+    REQUIRE(dir);
+    while (readdir(dir))
+        count++;
+    closedir(dir);
+    return count;
+}
+
+/* Pieces of memory that are shared with a peer. */
+static int mappings(void)
+{
+    FILE *maps = fopen("/proc/self/maps", "re");
+    char line[512];
+    int count = 0;
+
+    REQUIRE(maps);
+    while (fgets(line, sizeof(line), maps))
+        count += strstr(line, "memfd:usroce") != NULL;
+    fclose(maps);
+    return count;
+}
+
+/* Of the dead nothing is left, once the device has looked. */
+static void check_no_leak(const struct end *end, struct ibv_cq *cq, const struct peer *steady, int fds, int maps)
+{
+    time_t deadline = now() + PATIENCE;
+
+    while ((descriptors() != fds || mappings() != maps) && now() < deadline)
+        check_steady(end, cq, steady);
+    CHECK(descriptors() == fds && mappings() == maps);
 }
 
 /* `shm`: what the device is to have of it. */
 static void killed(const char *shm, int rounds)
 {
     struct usroce_counters counters;
+    struct ibv_cq *steady_cq;
+    struct peer steady;
     struct end end;
+    int fds, maps;
 
     setenv("AIORDMA_USROCE_SHM", shm, 1); /* of the peers too */
     open_end(&end);
+    steady_cq = ibv_create_cq(end.context, 10, NULL, NULL, 0);
+    REQUIRE(steady_cq);
+    meet(&end, steady_cq, &steady, true);
+    for (int i = 0; i < 100; i++) /* until both ways are what they will be */
+        check_steady(&end, steady_cq, &steady);
+    fds = descriptors();
+    maps = mappings();
     for (int i = 0; i < rounds; i++)
-        round_with(&end);
+        round_with(&end, steady_cq, &steady);
+    check_no_leak(&end, steady_cq, &steady, fds, maps);
     REQUIRE(!usroce_query_counters(end.context, &counters, sizeof(counters)));
-    if (shm[0] == '0')
+    if (shm[0] == '0') {
         CHECK(!counters.shm_sent && !counters.shm_received);
-    else
+    } else {
         CHECK(counters.shm_sent > ROUNDS && counters.shm_received > ROUNDS);
+        CHECK(!counters.shm_refused && counters.shm_peers == 1 && maps > 0);
+    }
+    kill_peer(&steady);
+    forget_peer(&steady);
+    CHECK(!ibv_destroy_cq(steady_cq));
     close_end(&end);
 }
 
 int main(int argc, char **argv)
 {
-    if (argc == 3) {
+    if (argc == 4) {
         srandom((unsigned int)getpid());
-        be_peer(atoi(argv[1]), atoi(argv[2]));
+        be_peer(atoi(argv[2]), atoi(argv[3]), !strcmp(argv[0], "steady"));
     }
-    srandom(1);
-    killed("1", ROUNDS);
+    srandom(argc > 1 ? (unsigned int)atoi(argv[1]) : 1);
+    killed("1", ROUNDS / 2);
+    setenv("KILLED_SLAB", "", 1); /* of the peers too */
+    killed("1", ROUNDS / 2);
+    unsetenv("KILLED_SLAB");
     killed("0", 5);
     return failures ? 1 : 0;
 }

@@ -25,6 +25,12 @@ pytestmark = [pytest.mark.device, pytest.mark.usroce]
 COUNT = 16  # operations in flight
 
 
+@pytest.fixture(autouse=True)
+def by_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process stands for a silent host here; one-sided operations without packets would not need it."""
+    monkeypatch.setenv("AIORDMA_USROCE_DIRECT", "0")
+
+
 def configured(timeout: int, retry_count: int) -> float:
     """Seconds, by IBA 9.7.6.1.3 and ibv_modify_qp(3)."""
     return float((retry_count + 1) * 4.096e-6 * 2**timeout)

@@ -17,12 +17,6 @@ pytestmark = [pytest.mark.device, pytest.mark.usroce]
 DATA = bytes(range(256)) * 64
 
 
-@pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For this process and those that it starts."""
-    monkeypatch.setenv("AIORDMA_USROCE_SHM", "1")
-
-
 def exchange(end: End) -> None:
     for round in range(20):
         end.write(DATA[: 600 * round + 1], 100, local=1 << 15)
@@ -39,6 +33,30 @@ def test_peers_on_one_host_share_memory(target: Target) -> None:
     assert counters.shm_sent > 0
     assert counters.shm_received > 0
     assert counters.shm_refused == 0
+    assert counters.direct > 0
+
+
+def test_one_sided_operations_do_not_need_the_peers_processor(target: Target) -> None:
+    """As with a card: even a process that is stopped is written to and read from."""
+    target.connect()
+    exchange(target.end)
+    before = usroce.counters(target.end.context)
+    target.process.stop()
+    target.end.write(DATA, 100, local=1 << 15)
+    assert target.end.read(len(DATA), 100) == DATA
+    after = usroce.counters(target.end.context)
+    assert (after.direct - before.direct, after.sent - before.sent) == (2, 0)
+
+
+def test_packets_where_one_end_wants_them(processes: Processes, address: str) -> None:
+    with usroce.options(address=address):
+        context = usroce.usroce_device().open()
+    with context:
+        settings = {"ADDRESS": address, "DIRECT": "0"}
+        target = Target(processes.python("tests.usroce.target", settings=settings), End(context))
+        target.connect()
+        exchange(target.end)
+        assert usroce.counters(context).direct == 0
 
 
 @pytest.mark.parametrize("off", ["here", "there", "both"])
