@@ -51,6 +51,7 @@ static const struct symbol symbols[] = {
     OPTIONAL(usroce_set_fault, "usroce_set_fault"),
     OPTIONAL(usroce_capture, "usroce_capture"),
     OPTIONAL(usroce_query_counters, "usroce_query_counters"),
+    OPTIONAL(usroce_watch_channel, "usroce_watch_channel"),
 };
 
 /* Opens the library at `path`. Returns 0, ENOENT when it cannot be opened, or ENOSYS when it lacks a symbol;

@@ -42,7 +42,10 @@ _cookies = itertools.count(1)
 
 
 class CompletionChannel(Owner):
-    """``struct ibv_comp_channel``: a file descriptor, non-blocking here, readable when an armed queue fills."""
+    """``struct ibv_comp_channel``: a file descriptor, non-blocking here, readable when an armed queue fills.
+
+    It may be readable without an event: that of usroce also is when a packet has come, which `get_events` then sees to.
+    """
 
     __slots__ = ("_cookies", "_count", "_handle", "_queues", "context", "fd")
 
@@ -59,15 +62,17 @@ class CompletionChannel(Owner):
         )
         self._handle = handle[0]
         self._opened()
-        self.fd: int = self._handle.fd
+        self.fd = -1
         self._queues: weakref.WeakValueDictionary[int, CompletionQueue] = weakref.WeakValueDictionary()
         self._cookies = ffi.new("uint64_t[]", self.BATCH)
         self._count = ffi.new("int *")
+        fd = ffi.new("int *")
         try:
-            check(lib.glue_set_nonblocking(self.fd), "fcntl(comp_channel)")
+            check(lib.glue_watch_channel(context.provider.table, self._handle, fd), "fcntl(comp_channel)")
         except DeviceError:
             self.close()
             raise
+        self.fd = fd[0]
 
     def get_events(self) -> list[CompletionQueue]:
         """Reads every event that is there; returns its queue for each, no longer armed. Never blocks.

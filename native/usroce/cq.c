@@ -144,7 +144,7 @@ int cq_arm(struct ibv_cq *base, int solicited_only)
         cq->armed = ARMED_ANY;
     else if (cq->armed == NOT_ARMED)
         cq->armed = ARMED_SOLICITED;
-    progress_hand_over(ctx);
+    sleep_armed(ctx, (struct channel *)(void *)base->channel);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
 }

@@ -49,6 +49,10 @@ int usroce_set_option(const char *name, const char *value);
 int usroce_set_fault(struct ibv_context *context, const struct usroce_fault *fault);
 /* Starts (or, with NULL, ends) a capture of everything sent and received, as a pcap file. 0 or an errno. */
 int usroce_capture(struct ibv_context *context, const char *path);
+/* For who watches a non-blocking completion channel in an event loop: *fd (the channel's, which closes it) is readable
+ * when channel->fd is, and also when there is something that the device should do now, which ibv_get_cq_event() does. So
+ * the loop wakes for a packet itself and not after another thread has; and it may wake for no event. 0 or an errno. */
+int usroce_watch_channel(struct ibv_comp_channel *channel, int *fd);
 int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 
 #endif
