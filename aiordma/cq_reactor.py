@@ -327,7 +327,7 @@ class CqReactor:
         for queue in self._queues:
             while (count := self._dispatch(queue)) or queue not in self._armed:
                 budget -= count
-                if count == 0:
+                if count < queue.batch:  # for all we know it is drained, and the next look is due anyway
                     self._arm(queue)
                     if not (count := self._dispatch(queue)):
                         break

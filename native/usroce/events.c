@@ -143,6 +143,11 @@ void channel_notify(struct cq *cq)
     sleep_notified(context_of(cq->base.context), channel);
 }
 
+bool channel_is_watched(struct ibv_comp_channel *base)
+{
+    return base && channel_of(base)->watch_fd >= 0;
+}
+
 void channel_forget(struct cq *cq)
 {
     list_del(&cq->in_channel);

@@ -195,6 +195,8 @@ struct cq {
     uint64_t *stamps;    /* completion times in ns, where the extended interface was asked for them; else NULL */
     uint32_t capacity, head, tail;
     enum armed armed;
+    bool polling;           /* a thread of an event loop drives the device: what it finds here it takes at once */
+    bool unannounced;       /* ... and did not take yet, though the queue is armed */
     bool overrun;
     bool ignore_overrun;    /* what does not fit is lost, and nothing else happens */
     bool single_threaded;   /* extended: the application sees to it that one thread polls at a time; else ... */
@@ -490,6 +492,8 @@ int settings_read(struct settings *settings);
 
 /* The queue has a completion and is armed for it: one event to its channel, and disarmed. */
 void channel_notify(struct cq *cq);
+/* usroce_watch_channel() was called for it; not for NULL. */
+bool channel_is_watched(struct ibv_comp_channel *base);
 /* Forget the events that the application has not taken: before the queue goes. */
 void channel_forget(struct cq *cq);
 enum event_subject { EVENT_CQ, EVENT_QP, EVENT_SRQ, EVENT_PORT, EVENT_DEVICE };

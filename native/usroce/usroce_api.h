@@ -51,7 +51,8 @@ int usroce_set_fault(struct ibv_context *context, const struct usroce_fault *fau
 int usroce_capture(struct ibv_context *context, const char *path);
 /* For who watches a non-blocking completion channel in an event loop: *fd (the channel's, which closes it) is readable
  * when channel->fd is, and also when there is something that the device should do now, which ibv_get_cq_event() does. So
- * the loop wakes for a packet itself and not after another thread has; and it may wake for no event. 0 or an errno. */
+ * the loop wakes for a packet itself and not after another thread has; and it may wake for no event. What is found by
+ * polling an armed queue of the channel raises no event: the queue stays armed. 0 or an errno. */
 int usroce_watch_channel(struct ibv_comp_channel *channel, int *fd);
 int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 
