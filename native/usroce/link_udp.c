@@ -83,8 +83,6 @@ struct udp_link {
     struct queued frames[MAX_FRAMES];
     struct iovec pieces[MAX_PIECES];
     uint32_t num_groups, num_frames, num_pieces;
-    uint32_t adjusted_size;              /* frame size that the adjustments are of */
-    uint32_t adjustments[MAX_SEGMENTS];  /* by place in the group; 0: not computed yet */
 
     /* received: messages `next`..`filled` are still to be handed out, the next one from `offset` on */
     uint8_t *buffers;
@@ -181,14 +179,8 @@ static void adjust_icrc(struct udp_link *udp, const struct iovec *last, uint32_t
 
     if (!udp->v4 || !k)
         return;
-    if (udp->adjusted_size != size) {
-        memset(udp->adjustments, 0, sizeof(udp->adjustments));
-        udp->adjusted_size = size;
-    }
-    if (!udp->adjustments[k])
-        udp->adjustments[k] = icrc_adjustment(size, (uint16_t)k);
     memcpy(&icrc, place, sizeof(icrc));
-    icrc ^= htole32(udp->adjustments[k]);
+    icrc ^= htole32(icrc_adjustment(size, (uint16_t)k));
     memcpy(place, &icrc, sizeof(icrc));
 }
 
