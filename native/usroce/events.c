@@ -182,18 +182,21 @@ EXPORT int ibv_get_cq_event(struct ibv_comp_channel *base, struct ibv_cq **cq_ou
     struct context *ctx = context_of(base->context);
     struct channel *channel = channel_of(base);
     struct cq *cq;
+    int state;
 
     if (context_is_foreign(ctx)) {
         errno = ENODEV;
         return -1;
     }
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state); /* but for its sleep: driving has cancellation points */
     pthread_mutex_lock(&ctx->lock);
     do
         cq = channel_take(channel);
-    while (!cq && (sleep_attend(ctx, channel) || (may_wait(base->fd) && sleep_blocking(ctx, channel))));
+    while (!cq && (sleep_attend(ctx, channel) || (may_wait(base->fd) && sleep_blocking(ctx, channel, state))));
     for (; channel->without_unit; channel->without_unit--)
         add_unit(base->fd);
     pthread_mutex_unlock(&ctx->lock);
+    pthread_setcancelstate(state, NULL);
     if (!cq)
         return -1;
     *cq_out = &cq->base;

@@ -181,7 +181,19 @@ void sleep_armed(struct context *ctx, const struct channel *channel)
 
 /* --- a thread in ibv_get_cq_event() --------------------------------------------------------------------------- */
 
-/* Sleeps without the lock. The thread may be cancelled there: then nobody leads. */
+/* poll(), the one place of ibv_get_cq_event() where the thread may be cancelled, if it may at all (`state`). */
+static int poll_cancellable(struct pollfd *fds, nfds_t count, int state)
+{
+    int rc, error;
+
+    pthread_setcancelstate(state, NULL);
+    rc = poll(fds, count, -1);
+    error = errno;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
+    errno = error;
+    return rc;
+}
+
 static void stop_leading(void *arg)
 {
     struct context *ctx = arg;
@@ -192,6 +204,7 @@ static void stop_leading(void *arg)
         kick(ctx->kick); /* nothing says when this thread will come again */
 }
 
+/* Nobody leads any more. */
 static void cancelled(void *arg)
 {
     struct context *ctx = arg;
@@ -200,14 +213,14 @@ static void cancelled(void *arg)
     pthread_mutex_unlock(&ctx->lock);
 }
 
-static int poll_leading(struct context *ctx, struct pollfd *fds, nfds_t count)
+static int poll_leading(struct context *ctx, struct pollfd *fds, nfds_t count, int state)
 {
     int rc, error;
 
     ctx->leading = true;
     pthread_mutex_unlock(&ctx->lock);
     pthread_cleanup_push(cancelled, ctx);
-    rc = poll(fds, count, -1);
+    rc = poll_cancellable(fds, count, state);
     error = errno;
     pthread_cleanup_pop(0);
     stop_leading(ctx);
@@ -216,20 +229,20 @@ static int poll_leading(struct context *ctx, struct pollfd *fds, nfds_t count)
 }
 
 /* Somebody else leads: they raise the event. */
-static int poll_following(struct context *ctx, int fd)
+static int poll_following(struct context *ctx, int fd, int state)
 {
     struct pollfd pfd = {.fd = fd, .events = POLLIN};
     int rc, error;
 
     pthread_mutex_unlock(&ctx->lock);
-    rc = poll(&pfd, 1, -1);
+    rc = poll_cancellable(&pfd, 1, state);
     error = errno;
     pthread_mutex_lock(&ctx->lock);
     errno = error;
     return rc;
 }
 
-static int lead(struct context *ctx, struct channel *channel)
+static int lead(struct context *ctx, struct channel *channel, int state)
 {
     struct pollfd fds[2 + MAX_GIDS] = {{.fd = channel->base.fd, .events = POLLIN},
                                        {.fd = ctx->lead_kick, .events = POLLIN}};
@@ -242,7 +255,7 @@ static int lead(struct context *ctx, struct channel *channel)
     channel->led = ctx->abandoned + 1;
     progress_flush_acks(ctx);
     if (list_empty(&ctx->tx_ready) && progress_deadline_links(ctx) == NEVER && links_sleep(ctx)) {
-        rc = poll_leading(ctx, fds, count);
+        rc = poll_leading(ctx, fds, count, state);
         if (rc < 0 || fds[0].revents)
             return rc;
         if (fds[1].revents)
@@ -255,12 +268,12 @@ static int lead(struct context *ctx, struct channel *channel)
     return 0;
 }
 
-bool sleep_blocking(struct context *ctx, struct channel *channel)
+bool sleep_blocking(struct context *ctx, struct channel *channel, int cancel_state)
 {
     if (!ctx->thread_running || ctx->leading)
-        return poll_following(ctx, channel->base.fd) > 0;
+        return poll_following(ctx, channel->base.fd, cancel_state) > 0;
     while (list_empty(&channel->ready)) {
-        int rc = lead(ctx, channel);
+        int rc = lead(ctx, channel, cancel_state);
 
         if (rc)
             return rc > 0;

@@ -657,8 +657,9 @@ void thread_wake_for_room(struct context *ctx);
 void thread_polled(struct context *ctx);
 /* A queue of the channel (NULL: of none) was armed: whoever sleeps there takes over, else the device thread. */
 void sleep_armed(struct context *ctx, const struct channel *channel);
-/* Sleeps until there may be an event, for packets too. Gives the lock back meanwhile. False: errno says why not. */
-bool sleep_blocking(struct context *ctx, struct channel *channel);
+/* Sleeps until there may be an event, for packets too. Gives the lock back meanwhile. False: errno says why not. The
+ * caller cannot be cancelled (pthread_cancel), but there it may if `cancel_state` says so. */
+bool sleep_blocking(struct context *ctx, struct channel *channel, int cancel_state);
 /* Who watches the channel woke and found no event: drives the device. Whether there is one now. */
 bool sleep_attend(struct context *ctx, struct channel *channel);
 /* Makes channel->watch_fd. 0 or an errno. */
