@@ -169,13 +169,11 @@ int glue_destroy_comp_channel(struct glue_provider *p, struct ibv_comp_channel *
     return result(p->destroy_comp_channel(channel));
 }
 
-/* Makes the channel non-blocking; *fd is what an event loop watches: it may be readable though there is no event. */
+/* *fd is what an event loop watches that does not mind waking for no event. */
 int glue_watch_channel(struct glue_provider *p, struct ibv_comp_channel *channel, int *fd)
 {
-    int rc = glue_set_nonblocking(channel->fd);
-
     *fd = channel->fd;
-    return !rc && p->usroce_watch_channel ? result(p->usroce_watch_channel(channel, fd)) : rc;
+    return p->usroce_watch_channel ? result(p->usroce_watch_channel(channel, fd)) : 0;
 }
 
 /* `cookie` comes back from glue_drain_channel() with each event of this queue. `channel` may be NULL. */

@@ -42,10 +42,7 @@ _cookies = itertools.count(1)
 
 
 class CompletionChannel(Owner):
-    """``struct ibv_comp_channel``: a file descriptor, non-blocking here, readable when an armed queue fills.
-
-    It may be readable without an event: that of usroce also is when a packet has come, which `get_events` then sees to.
-    """
+    """``struct ibv_comp_channel``: a file descriptor, non-blocking here, readable when an armed queue fills."""
 
     __slots__ = ("_cookies", "_count", "_handle", "_queues", "context", "fd")
 
@@ -62,17 +59,26 @@ class CompletionChannel(Owner):
         )
         self._handle = handle[0]
         self._opened()
-        self.fd = -1
+        self.fd: int = self._handle.fd
         self._queues: weakref.WeakValueDictionary[int, CompletionQueue] = weakref.WeakValueDictionary()
         self._cookies = ffi.new("uint64_t[]", self.BATCH)
         self._count = ffi.new("int *")
-        fd = ffi.new("int *")
         try:
-            check(lib.glue_watch_channel(context.provider.table, self._handle, fd), "fcntl(comp_channel)")
+            check(lib.glue_set_nonblocking(self.fd), "fcntl(comp_channel)")
         except DeviceError:
             self.close()
             raise
-        self.fd = fd[0]
+
+    def watch(self) -> int:
+        """The descriptor for an event loop that always is ready for a wake-up without an event.
+
+        It is ``fd``, or, on a device that has better (usroce), one that also is readable when a packet has come,
+        which ``get_events`` then sees to: so no other thread wakes first. From then on a completion that was found
+        by polling an armed queue raises no event there; the queue stays armed.
+        """
+        fd = ffi.new("int *")
+        check(lib.glue_watch_channel(self.context.provider.table, self._handle, fd), "usroce_watch_channel")
+        return int(fd[0])
 
     def get_events(self) -> list[CompletionQueue]:
         """Reads every event that is there; returns its queue for each, no longer armed. Never blocks.

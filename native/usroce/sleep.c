@@ -6,8 +6,8 @@
  * - An event loop that watches the descriptor of usroce_watch_channel() wakes for packets too and finds them in
  *   ibv_get_cq_event(). Whether it sleeps or computes cannot be seen. So the device thread wakes as well, but leaves
  *   the packets alone for a moment (DEFER); and once the loop has come in time again and again it stays out. A loop
- *   that wakes for packets of which it gets no event (those of one-sided operations) is left alone after a while, until
- *   there is one.
+ *   that wakes for packets of which it gets no event (those of one-sided operations) is left alone soon, until there
+ *   is one.
  * - A thread that polls never sleeps. After a few polls in a row it has claimed the device.
  * - The device thread sees to all the rest: one-sided requests while the application computes, timers, channels that
  *   the application watches by poll(), which are readable for events only.
@@ -35,7 +35,7 @@ enum {
     GRACE_MAX = 1000 * 1000,
     DEFER = 100 * 1000,
     SLEEP_TRIES = 4,       /* passes until a thread that cannot sleep for all that comes leaves it to another one */
-    STRAYS = 16,           /* wake-ups in a row without an event, until a loop is woken for events only */
+    STRAYS = 3,            /* wake-ups in a row without an event, until a loop is woken for events only */
 };
 
 /* --- waking ---------------------------------------------------------------------------------------------------- */
@@ -315,6 +315,7 @@ int sleep_watch(struct context *ctx, struct channel *channel)
         return rc;
     }
     channel->watch_fd = fd;
+    channel->deaf = true; /* until there is an event */
     list_add_tail(&ctx->watched, &channel->in_watched);
     update_watch(ctx, channel);
     return 0;
