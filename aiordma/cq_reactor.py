@@ -175,8 +175,7 @@ class CqReactor:
         self._completions = self._stale = self._polls = self._empty_polls = 0
         self._events = self._wakeups = self._arms = self._turns = 0
         self._inline_polls = self._inline_hits = self._spin_ns = 0
-        self._channel_fd = self._channel.watch()
-        self._loop.add_reader(self._channel_fd, self._on_channel)
+        self._loop.add_reader(self._channel.fd, self._on_channel)
         self._loop.add_reader(context.async_fd, self._on_async_events)
 
     # --- who is here ---------------------------------------------------------------------------------
@@ -493,7 +492,7 @@ class CqReactor:
             return
         self._gone = True
         self._loop.remove_reader(self._context.async_fd)
-        self._loop.remove_reader(self._channel_fd)
+        self._loop.remove_reader(self._channel.fd)
         self._loop.call_exception_handler(
             {
                 "message": f"device {self._context.name} is gone",
@@ -535,7 +534,7 @@ class CqReactor:
         if any(self._users.values()):
             raise MisuseError("the reactor is still in use")
         self.closed = True
-        self._loop.remove_reader(self._channel_fd)
+        self._loop.remove_reader(self._channel.fd)
         self._loop.remove_reader(self._context.async_fd)
         for queue in self._queues:
             queue.close()
