@@ -106,6 +106,7 @@ class CqReactor(Table):
         self._listeners: dict[int, Callable[[AsyncEvent], None]] = {}
         self.governor = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
         self.arrivals = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
+        self._asked_ns = 0  # when somebody began to wait
         self._gone = False
         self._started_ns = now_ns()
         self._events = self._wakeups = self._arms = self._turns = 0
@@ -213,11 +214,11 @@ class CqReactor(Table):
 
     def _drain_and_arm(self) -> None:
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
-        budget = _TURN_LIMIT
+        budget, last_hit = _TURN_LIMIT, self.last_hit_ns
         for queue in self._queues:
             while (count := self.poll(queue.pointer)) or queue not in self._armed:
                 budget -= count
-                if count == 0:
+                if count < POLL_BATCH:  # for all we know it is drained, and the next look is due anyway
                     self._arm(queue)
                     if not (count := self.poll(queue.pointer)):
                         break
@@ -226,7 +227,8 @@ class CqReactor(Table):
                     self._queues.append(self._queues.pop(0))  # the next in line starts
                     self._loop.call_soon(self._resume)
                     return
-        if self.mode == "adaptive" and budget < _TURN_LIMIT and self.governor.turns_ns():
+        self._learn_gap(last_hit)
+        if self.adaptive and budget < _TURN_LIMIT and self._turns_ns():
             self._start_polling()
 
     def _resume(self) -> None:
@@ -240,9 +242,18 @@ class CqReactor(Table):
 
     def keep_polling(self) -> None:
         """Adaptive: polls on turns of the loop from now on, while that is likely to find something."""
-        if not self.polling and self.governor.turns_ns():
-            self.last_hit_ns = now_ns()
+        if not self.polling and self._turns_ns():
+            self._asked_ns = now_ns()
             self._start_polling()
+
+    def _turns_ns(self) -> int:
+        """How long polling goes on when it finds nothing: for what we have posted, or for what comes."""
+        return max(self.governor.turns_ns(), self.arrivals.turns_ns())
+
+    def _learn_gap(self, before: int) -> None:
+        """Something was found, the last time at ``before``: so long polling has to last."""
+        if self.last_hit_ns != before and before:
+            self.arrivals.learn(self.last_hit_ns - before)
 
     def _start_polling(self) -> None:
         if not self.polling and not self.closed:
@@ -262,7 +273,7 @@ class CqReactor(Table):
 
     def _poll_turn(self) -> None:
         self._turns += 1
-        before = now_ns()
+        before, last_hit = now_ns(), self.last_hit_ns
         budget = _TURN_LIMIT
         for queue in self._queues:
             while budget > 0 and (count := self.poll(queue.pointer)):
@@ -273,9 +284,9 @@ class CqReactor(Table):
             self._queues.append(self._queues.pop(0))  # the next in line starts
         now = now_ns()
         self.spin_ns += now - before
-        if self.mode == "busy" or (
-            self.mode == "adaptive" and now - self.last_hit_ns < self.governor.turns_ns()
-        ):
+        self._learn_gap(last_hit)
+        since = max(self.last_hit_ns, self._asked_ns)
+        if self.mode == "busy" or (self.adaptive and now - since < self._turns_ns()):
             self._loop.call_soon(self._turn)
             return
         self.polling = False

@@ -42,12 +42,12 @@ class Inbox(_datapath.Inbox[T]):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        spin: Callable[[Inbox[T]], None] | None,
+        spin: Callable[[Any], None] | None,
         governor: Governor | None,
         put_back: Callable[[T], object] | None = None,
     ) -> None:
         self._loop = loop
-        self._spin = spin
+        self.spin = spin
         self._governor = governor
         self._return = put_back or self.put_back
         self._make_error: Callable[[], BaseException] | None = None  # after fail()
@@ -61,9 +61,9 @@ class Inbox(_datapath.Inbox[T]):
         if self._make_error is not None:
             raise self._make_error()
         started = 0
-        if self._spin is not None and not self.waiting:
+        if self.spin is not None and not self.waiting:
             started = now_ns()
-            self._spin(self)
+            self.spin(self)
             if (found := self.get()) is not None:
                 self._learn(started)
                 return found
@@ -202,7 +202,7 @@ class ReceiveQueue(SharedUser):
         *,
         ring: OwnRing | SharedRing,
         sends: SendQueue,
-        spin: Callable[[Inbox[Any]], None] | None,
+        spin: Callable[[Any], None] | None,
         governor: Governor | None,
         failed: Callable[[int, int, str], None],
         broken: Callable[[DeviceError | ProtocolError], None],

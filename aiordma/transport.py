@@ -476,6 +476,53 @@ class Connection:
         lease = await self._large_receives.receive_lease(message)
         return MessageLease(lease.address, lease.nbytes, lease, lease.release_nowait)
 
+    async def consume(self, handle: Callable[[bytes], asyncio.Future[Any] | None]) -> None:
+        """Has ``handle(message)`` called with every message, in order, until the connection ends: then it raises
+        as :meth:`recv`. For protocols built on top, which receive alone.
+
+        A small message is handled where its completion is, without a turn of the event loop and in whatever
+        context: ``handle`` only notes what has come, and raises nothing. When it returns a future, no message is
+        handled before that is done. Cancelled: no message is lost.
+        """
+        self._check_loop()
+        receives, inbox = self._receives, self._receives.messages
+        held: asyncio.Future[Any] | None = None
+
+        def at_once(message: bytes) -> None:
+            nonlocal held
+            held = handle(message)
+            if held is not None:
+                receives.consumer = None
+
+        try:
+            while True:
+                if held is not None:
+                    await asyncio.wait([held])
+                    held = None
+                message: Taking | bytes | None = receives.take_next()
+                if message is None:
+                    receives.consumer = at_once
+                    item = await inbox.wait()
+                    receives.consumer = None
+                    if held is not None:
+                        receives.put_back(item)
+                        continue
+                    message = receives.take(item)
+                if isinstance(message, Taking):
+                    if message.withdrawn:
+                        continue
+                    message = await self._large_receives.receive(message)
+                held = handle(message)
+        finally:
+            receives.consumer = None
+
+    def spin(self, future: asyncio.Future[Any]) -> None:
+        """Polls for a bounded and learned time for what will make ``future`` done, as an await of :meth:`recv`
+        does."""
+        spin = self._receives.messages.spin
+        if spin is not None:
+            spin(future)
+
     async def _message(self) -> Buffer | bytes | Taking:
         """The next message, where it lies; the caller takes it before it awaits anything."""
         inbox = self._receives.messages

@@ -169,6 +169,13 @@ int glue_destroy_comp_channel(struct glue_provider *p, struct ibv_comp_channel *
     return result(p->destroy_comp_channel(channel));
 }
 
+/* *fd is what an event loop watches that does not mind waking for no event. */
+int glue_watch_channel(struct glue_provider *p, struct ibv_comp_channel *channel, int *fd)
+{
+    *fd = channel->fd;
+    return p->usroce_watch_channel ? result(p->usroce_watch_channel(channel, fd)) : 0;
+}
+
 /* `cookie` comes back from glue_drain_channel() with each event of this queue. `channel` may be NULL. */
 int glue_create_cq(struct glue_provider *p, struct ibv_context *context, int cqe, uint64_t cookie,
                    struct ibv_comp_channel *channel, int comp_vector, struct ibv_cq **cq)

@@ -62,6 +62,7 @@ struct glue_provider {
     void *(*usroce_alloc)(size_t size);
     int (*usroce_free)(void *memory);
     int (*usroce_unshare)(void *memory);
+    int (*usroce_watch_channel)(struct ibv_comp_channel *channel, int *fd);
 };
 
 /* One work request, flat. Multi-byte fields are in host order; immediate data is converted on the way. */
@@ -131,6 +132,7 @@ int glue_dealloc_mw(struct ibv_mw *mw);
 int glue_create_comp_channel(struct glue_provider *p, struct ibv_context *context,
                              struct ibv_comp_channel **channel);
 int glue_destroy_comp_channel(struct glue_provider *p, struct ibv_comp_channel *channel);
+int glue_watch_channel(struct glue_provider *p, struct ibv_comp_channel *channel, int *fd);
 int glue_create_cq(struct glue_provider *p, struct ibv_context *context, int cqe, uint64_t cookie,
                    struct ibv_comp_channel *channel, int comp_vector, struct ibv_cq **cq);
 int glue_destroy_cq(struct glue_provider *p, struct ibv_cq *cq);

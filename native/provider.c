@@ -54,6 +54,7 @@ static const struct symbol symbols[] = {
     OPTIONAL(usroce_alloc, "usroce_alloc"),
     OPTIONAL(usroce_free, "usroce_free"),
     OPTIONAL(usroce_unshare, "usroce_unshare"),
+    OPTIONAL(usroce_watch_channel, "usroce_watch_channel"),
 };
 
 /* Opens the library at `path`. Returns 0, ENOENT when it cannot be opened, or ENOSYS when it lacks a symbol;

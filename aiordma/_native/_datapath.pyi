@@ -230,6 +230,7 @@ class Receiver:
     ledger: Any
     received: int
     closed: bool
+    consumer: Callable[[bytes], object] | None
 
     @property
     def messages(self) -> Any: ...

@@ -292,6 +292,7 @@ int glue_dealloc_mw(struct ibv_mw *mw);
 int glue_create_comp_channel(struct glue_provider *p, struct ibv_context *context,
                              struct ibv_comp_channel **channel);
 int glue_destroy_comp_channel(struct glue_provider *p, struct ibv_comp_channel *channel);
+int glue_watch_channel(struct glue_provider *p, struct ibv_comp_channel *channel, int *fd);
 int glue_create_cq(struct glue_provider *p, struct ibv_context *context, int cqe, uint64_t cookie,
                    struct ibv_comp_channel *channel, int comp_vector, struct ibv_cq **cq);
 int glue_destroy_cq(struct glue_provider *p, struct ibv_cq *cq);

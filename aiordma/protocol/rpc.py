@@ -219,14 +219,14 @@ def _metadata_value(key: str, value: str | bytes) -> bytes:
 
 def call_head(call_id: int, kind: int, method: bytes, timeout: int, metadata: bytes) -> bytes:
     """A call frame up to its payload."""
-    head = CALL_HEADER.pack(FrameKind.CALL, kind, len(method), call_id, timeout, len(metadata))
+    head = CALL_HEADER.pack(_CALL, kind, len(method), call_id, timeout, len(metadata))
     return b"".join((head, method, metadata)) if metadata else head + method
 
 
 def status_head(call_id: int, code: int, details: str = "", metadata: bytes = b"") -> bytes:
     """A status frame up to its payload. Details beyond :data:`MAX_DETAILS` bytes are cut off."""
     if not details and not metadata:
-        return STATUS_HEADER.pack(FrameKind.STATUS, code, 0, call_id, 0)
+        return STATUS_HEADER.pack(_STATUS, code, 0, call_id, 0)
     text = details.encode(errors="replace")
     if len(text) > MAX_DETAILS:
         text = text[:MAX_DETAILS].decode(errors="ignore").encode()
@@ -276,6 +276,11 @@ def encode(frame: Frame) -> bytes:
 # --- from bytes ---------------------------------------------------------------------------------------
 
 
+# As plain numbers and a table: enumerations cost as much as the rest of a frame.
+_CALL, _STATUS = int(FrameKind.CALL), int(FrameKind.STATUS)
+_CALL_KINDS = tuple(CallKind)
+
+
 def decode(data: Payload) -> Frame:
     """The frame in a message; its payload is a slice of ``data``, and so of its type. Raises
     :class:`ProtocolError` for anything that is no frame."""
@@ -283,9 +288,9 @@ def decode(data: Payload) -> Frame:
     if size < HEADER.size:
         raise ProtocolError(f"RPC frame of {size} bytes, shorter than its header")
     kind, variant, length, call_id = HEADER.unpack_from(data)
-    if kind == FrameKind.CALL:
+    if kind == _CALL:
         return _decode_call(data, variant, length, call_id)
-    if kind == FrameKind.STATUS:
+    if kind == _STATUS:
         return _decode_status(data, variant, length, call_id)
     if variant or length:
         raise ProtocolError(f"RPC frame of kind {kind} with variant {variant} and length {length}, not 0")
@@ -304,7 +309,7 @@ def decode(data: Payload) -> Frame:
 
 
 def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> CallFrame:
-    if variant > CallKind.BIDI:
+    if variant >= len(_CALL_KINDS):
         raise ProtocolError(f"RPC call of unknown kind {variant}")
     if not 1 <= length <= MAX_METHOD:
         raise ProtocolError(f"RPC call of a method whose name has {length} bytes")
@@ -312,8 +317,8 @@ def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> Call
     if timeout > MAX_TIMEOUT:
         raise ProtocolError(f"RPC call with a timeout of {timeout} microseconds")
     word, metadata, payload = _split(data, CALL_HEADER.size, length, metadata_length)
-    kind = CallKind(variant)
-    if kind.streams_requests and len(payload):
+    kind = _CALL_KINDS[variant]
+    if variant & 1 and len(payload):
         raise ProtocolError(f"RPC call with a stream of requests, and {len(payload)} bytes of payload")
     return CallFrame(call_id, _text(word, "method"), kind, payload, timeout, metadata)
 
@@ -323,7 +328,7 @@ def _decode_status(data: Payload, variant: int, length: int, call_id: int) -> St
         raise ProtocolError(f"RPC status with {length} bytes of details; {MAX_DETAILS} are allowed")
     (metadata_length,) = _unpack(STATUS_HEADER, data)[4:]
     word, metadata, payload = _split(data, STATUS_HEADER.size, length, metadata_length)
-    if variant != StatusCode.OK and len(payload):
+    if variant and len(payload):
         raise ProtocolError(f"RPC status {variant} with {len(payload)} bytes of payload")
     return StatusFrame(call_id, variant, _text(word, "details") if length else "", payload, metadata)
 

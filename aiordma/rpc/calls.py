@@ -51,6 +51,13 @@ class UnaryCall(asyncio.Future[T]):
 
     # --- for the caller ------------------------------------------------------------------------------
 
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self.done():
+            self._client._spin(self)
+        return super().__await__()
+
+    __iter__ = __await__
+
     def code(self) -> StatusCode | None:
         """How the call ended, None while it has not."""
         if not self.done():
@@ -94,7 +101,7 @@ class UnaryCall(asyncio.Future[T]):
 
     def _status(self, frame: StatusFrame) -> None:
         self._trailing = frame.metadata
-        if frame.code != StatusCode.OK:
+        if frame.code:  # not OK
             self._fail(status_error(frame.code, frame.details, self.method, frame.metadata))
             return
         try:
@@ -284,7 +291,7 @@ class StreamCall(Generic[T]):
 
     def _status(self, frame: StatusFrame) -> None:
         self._trailing = frame.metadata
-        if frame.code != StatusCode.OK:
+        if frame.code:  # not OK
             self._fail(status_error(frame.code, frame.details, self.method, frame.metadata), drop=False)
             return
         if self._reply is not None and not self._reply.done():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from ..errors import ConnectionLostError, MisuseError, RdmaError
+from ..errors import ConnectionLostError, MisuseError, ProtocolError, RdmaError
 from ..large_messages import LargeSend
 from ..protocol.rpc import (
     CallKind,
@@ -92,6 +92,7 @@ class RpcClient:
         self._reader: asyncio.Task[None] | None = None
         self._closed = False
         self._made = 0
+        self._breach: ProtocolError | None = None  # by the server: it is not heard any more
 
     async def __aenter__(self) -> Self:
         if self._reader is not None or self._closed:
@@ -418,16 +419,30 @@ class RpcClient:
         elif self._calls.abandon(call) and not self.connection.is_closing():
             send_frame(self.connection, cancel_frame(call.call_id))
 
+    def _spin(self, call: UnaryCall[Any]) -> None:
+        """A call is awaited: its reply may come faster than the event loop turns. With several under way the loop
+        completes them together."""
+        if len(self._calls) == 1:
+            self.connection.spin(call)
+
     async def _read(self) -> None:
         """The reader task: hands each frame to its call until the connection ends."""
         try:
-            while True:
-                self._received(await self.connection.recv())
+            await self.connection.consume(self._frame)
         except RdmaError as error:
-            # The end of the connection; else a breach by the server, or no memory for a large reply.
+            # The end of the connection; or no memory for a large reply.
             if not self.connection.is_closing():
                 self.connection.fail(error)
             self._connection_ended()
+
+    def _frame(self, message: bytes) -> None:
+        if self._breach is not None:
+            return
+        try:
+            self._received(message)
+        except ProtocolError as error:
+            self._breach = error
+            self.connection.fail(error)
 
     def _received(self, message: bytes) -> None:
         frame = decode(slices(message))

@@ -221,6 +221,9 @@ class ServerContext:
             self._timer.cancel()
             self._timer = None
 
+        if self._incoming is None and self._outgoing is None:
+            return
+
         def again() -> RpcError:
             return status_error(error.code, error.details)
 

@@ -12,12 +12,13 @@ from typing import Any
 from ..large_messages import LargeSend
 from ..protocol.rpc import Payload, message_head, window_frame
 from ..protocol.rpc_calls import ReceiveWindow, SendWindow
+from ..send_queue import Operation
 from ..transport import Connection
 from .codec import COPY_LIMIT
 
 #: A frame on its way. A large one can fail by itself, for want of memory that the device may read; a small one
 #: fails only together with its connection.
-Sent = asyncio.Future[None]
+Sent = asyncio.Future[Any]
 #: Payloads up to this size are joined with their head: cheaper than two parts, and sent as eager messages anyway.
 _JOIN_LIMIT = 2048
 
@@ -38,7 +39,7 @@ def send_frame(connection: Connection, head: bytes, payload: Payload = b"") -> S
         sent = connection.send((head, payload))
     if not sent.done():
         sent.add_done_callback(retrieve)
-    else:
+    elif sent.__class__ is Operation:
         retrieve(sent)
     return sent
 

@@ -96,7 +96,7 @@ class RpcServer:
         self._active: dict[ServerContext, None] = {}
         self._idle: asyncio.Event | None = None
         self._serving: set[Serving] = set()
-        self._codes: Counter[str] = Counter()
+        self._codes: Counter[StatusCode] = Counter()
         for service in [services] if isinstance(services, Service) else services:
             self.add(service)
         self.add(health_service(self.health))
@@ -181,7 +181,7 @@ class RpcServer:
             context._serving.start(context)
 
     def _count(self, code: StatusCode) -> None:
-        self._codes[code.name] += 1
+        self._codes[code] += 1
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class RpcServer:
             waiting=self.admission.waiting,
             unanswered=len(self._active),
             refused=self.refused,
-            codes=dict(self._codes),
+            codes={code.name: count for code, count in self._codes.items()},
             draining=self.draining,
         )
 

@@ -11,10 +11,13 @@ Refusals are awaited before the next frame is read: a client that does not read 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     ConnectionClosedError,
+    ConnectionLostError,
     MemoryLimitError,
     MessageTooLargeError,
     MisuseError,
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 
 #: Calls of health and reflection that one connection may have running; they are not counted otherwise.
 _MAX_EXEMPT = 64
+#: Why a stream of a call that ended well can be read no more; only its code and words are used.
+_ENDED = RpcError(StatusCode.CANCELLED, "the call has ended")
 
 
 class Serving:
@@ -54,34 +59,37 @@ class Serving:
         self.loop = asyncio.get_running_loop()
         self.server = server
         self.connection = connection
+        self._context = contextvars.copy_context()  # of each handler; frames come in whatever context
         self.lane: Lane[ServerContext] = Lane()
         self._calls: CalleeCalls[ServerContext] = CalleeCalls()
         self._tasks: set[asyncio.Task[Payload]] = set()
         self._exempt = 0
+        self._breach: ProtocolError | None = None  # by the client: it is not heard any more
 
     async def run(self) -> None:
         """Serves until the connection has ended, and then sees to the handlers that still run."""
         try:
-            while True:
-                answer = self._received(await self.connection.recv())
-                if answer is not None:
-                    await answer
+            await self.connection.consume(self._received)
         except ConnectionClosedError:
             pass  # in order
+        except ConnectionLostError as error:
+            raise (self._breach or error) from None
         finally:
             await self._end()
 
     # --- frames --------------------------------------------------------------------------------------
 
     def _received(self, message: bytes) -> Sent | None:
-        """A frame of the client. Returns an answer that is to leave before the next frame is read. Raises
-        :class:`ProtocolError` after failing the connection."""
+        """A frame of the client. Returns an answer that is to leave before the next frame is read."""
+        if self._breach is not None:
+            return None
         try:
             frame = decode(slices(message))
             call = self._calls.received(frame, self.loop.time())
         except ProtocolError as error:
+            self._breach = error
             self.connection.fail(error)  # closes, and tells the client why
-            raise
+            return None
         if call is None:
             return None
         if isinstance(frame, CallFrame):
@@ -167,10 +175,14 @@ class Serving:
         else:
             context._placed = True
         handler = self.server.handler(context._method)
-        task = self.loop.create_task(context._run(handler), name=f"aiordma RPC {context._method.name}")
+        task = self.loop.create_task(
+            context._run(handler),
+            name=f"aiordma RPC {context._method.name}",
+            context=self._context.copy(),
+        )
         context._task = task
         self._tasks.add(task)
-        task.add_done_callback(lambda task: self._ended(context, task))
+        task.add_done_callback(partial(self._ended, context))
 
     # --- a call ends ---------------------------------------------------------------------------------
 
@@ -185,7 +197,8 @@ class Serving:
         if context._ended is None:
             self._answer(context, error, task.result() if error is None else b"")
         self._leave_when_answered(context)
-        self.server._start_waiting()
+        if self.server.admission.waiting:
+            self.server._start_waiting()
 
     def _error(self, context: ServerContext, task: asyncio.Task[Payload]) -> RpcError | None:
         """Why the call has no result; reports what nobody foresaw."""
@@ -233,8 +246,7 @@ class Serving:
     def _answer(self, context: ServerContext, error: RpcError | None, payload: Payload) -> None:
         call = context._call
         if error is None:
-            code, details = StatusCode.OK, ""
-            error = RpcError(StatusCode.CANCELLED, "the call has ended")
+            code, details, error = StatusCode.OK, "", _ENDED
         else:
             code, details = error.code, error.details
         context._close(error)
@@ -285,7 +297,8 @@ class Serving:
         if context._placed:
             context._placed = False
             self.server.admission.answer_left(self.lane)
-            self.server._start_waiting()
+            if self.server.admission.waiting:
+                self.server._start_waiting()
         self.server._left(context)
 
     # --- the end of the connection -------------------------------------------------------------------

@@ -69,6 +69,17 @@ class CompletionChannel(Owner):
             self.close()
             raise
 
+    def watch(self) -> int:
+        """The descriptor for an event loop that always is ready for a wake-up without an event.
+
+        It is ``fd``, or, on a device that has better (usroce), one that also is readable when a packet has come,
+        which ``get_events`` then sees to: so no other thread wakes first. From then on a completion that was found
+        by polling an armed queue raises no event there; the queue stays armed.
+        """
+        fd = ffi.new("int *")
+        check(lib.glue_watch_channel(self.context.provider.table, self._handle, fd), "usroce_watch_channel")
+        return int(fd[0])
+
     def get_events(self) -> list[CompletionQueue]:
         """Reads every event that is there; returns its queue for each, no longer armed. Never blocks.
 

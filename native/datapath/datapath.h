@@ -163,6 +163,7 @@ struct Receiver {
     Ledger *ledger; /* NULL until the handshake is over */
     Sender *sender;
     Inbox *messages;
+    PyObject *consumer; /* called with each message while somebody waits for one, in its stead; or NULL */
     Py_ssize_t handed;
     long long received;
     char closed;

@@ -345,7 +345,7 @@ PyType_Spec buffer_spec = {
     .slots = buffer_slots,
 };
 
-/* --- Receiver: what arrives -------------------------------------------------------------------------- */
+/* --- Receiver: helpers ------------------------------------------------------------------------------- */
 
 struct header {
     uint8_t kind, flags;
@@ -399,6 +399,59 @@ static void not_handed(Receiver *receiver, Buffer *buffer)
     }
 }
 
+/* --- Receiver: what is taken ------------------------------------------------------------------------- */
+
+/* A credit is owed for a message that was taken. */
+static int owe(Receiver *receiver)
+{
+    Ledger *ledger = receiver->ledger;
+
+    if (!ledger || receiver->closed)
+        return 0;
+    if (ledger_release(ledger))
+        return -1;
+    if (ledger->data_released >= ledger->mark && call_none((PyObject *)receiver, name_used))
+        return -1;
+    return ledger_update_due(ledger) ? sender_control(receiver->sender) : 0;
+}
+
+/* The message was taken: its buffer is posted again, and its credit is owed. */
+static int recycle(Receiver *receiver, Buffer *buffer)
+{
+    if (receiver->closed) {
+        PyObject *result = PyObject_CallMethod((PyObject *)receiver, "left", "O", (PyObject *)buffer);
+
+        Py_XDECREF(result);
+        return result ? 0 : -1;
+    }
+    if (ring_post(buffer->ring, buffer))
+        return refuse(receiver);
+    return owe(receiver);
+}
+
+/* --- Receiver: what arrives -------------------------------------------------------------------------- */
+
+/* A consumer gets messages while its reader waits in line: what the reader has and has not handled, or what lies in the
+ * inbox, comes before. */
+static bool consumes(const Receiver *receiver)
+{
+    return receiver->consumer && receiver->consumer != Py_None && receiver->messages->waiters.count && !receiver->messages->items.count;
+}
+
+static int consume(Receiver *receiver, Buffer *buffer)
+{
+    PyObject *message = payload(buffer), *result;
+
+    if (!message || recycle(receiver, buffer)) {
+        Py_XDECREF(message);
+        return -1;
+    }
+    result = PyObject_CallFunctionObjArgs(receiver->consumer, message, NULL);
+    Py_DECREF(message);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
 static int message_arrived(Receiver *receiver, Buffer *buffer, const struct header *header)
 {
     Ledger *ledger = receiver->ledger;
@@ -407,7 +460,7 @@ static int message_arrived(Receiver *receiver, Buffer *buffer, const struct head
     if (ledger_receive_data(ledger) || (more = ledger_learn(ledger, ntohl(header->data), ntohl(header->control))) < 0)
         return refuse(receiver);
     receiver->received++;
-    if (hand_over(receiver, buffer, false))
+    if (consumes(receiver) ? consume(receiver, buffer) : hand_over(receiver, buffer, false))
         return -1;
     if (more && sender_pump(receiver->sender))
         return -1;
@@ -440,35 +493,7 @@ int buffer_completed(Buffer *buffer, const struct glue_wc *wc)
     return rc;
 }
 
-/* --- Receiver: what is taken ------------------------------------------------------------------------- */
-
-/* A credit is owed for a message that was taken. */
-static int owe(Receiver *receiver)
-{
-    Ledger *ledger = receiver->ledger;
-
-    if (!ledger || receiver->closed)
-        return 0;
-    if (ledger_release(ledger))
-        return -1;
-    if (ledger->data_released >= ledger->mark && call_none((PyObject *)receiver, name_used))
-        return -1;
-    return ledger_update_due(ledger) ? sender_control(receiver->sender) : 0;
-}
-
-/* The message was taken: its buffer is posted again, and its credit is owed. */
-static int recycle(Receiver *receiver, Buffer *buffer)
-{
-    if (receiver->closed) {
-        PyObject *result = PyObject_CallMethod((PyObject *)receiver, "left", "O", (PyObject *)buffer);
-
-        Py_XDECREF(result);
-        return result ? 0 : -1;
-    }
-    if (ring_post(buffer->ring, buffer))
-        return refuse(receiver);
-    return owe(receiver);
-}
+/* --- Receiver: in Python ----------------------------------------------------------------------------- */
 
 static PyObject *take(PyObject *self, PyObject *item)
 {
@@ -589,6 +614,7 @@ static int receiver_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT((PyObject *)receiver->ledger);
     Py_VISIT((PyObject *)receiver->sender);
     Py_VISIT((PyObject *)receiver->messages);
+    Py_VISIT(receiver->consumer);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -599,6 +625,7 @@ static int receiver_clear(PyObject *self)
 
     receiver->closed = 1;
     Py_CLEAR(receiver->ledger);
+    Py_CLEAR(receiver->consumer);
     return 0;
 }
 
@@ -647,6 +674,8 @@ static PyGetSetDef receiver_getset[] = {
 
 static PyMemberDef receiver_members[] = {
     {"messages", T_OBJECT, offsetof(Receiver, messages), READONLY, "The inbox."},
+    {"consumer", T_OBJECT, offsetof(Receiver, consumer), 0,
+     "Called with each message that comes while somebody waits in line, in whose stead it takes it; or None."},
     {"received", T_LONGLONG, offsetof(Receiver, received), 0, "Messages that have arrived."},
     {"handed", T_PYSSIZET, offsetof(Receiver, handed), READONLY, "Buffers that somebody was woken for."},
     {"closed", T_BOOL, offsetof(Receiver, closed), 0, "Nothing more is taken in."},

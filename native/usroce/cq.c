@@ -73,7 +73,11 @@ void cq_push(struct cq *cq, const struct ibv_wc *wc, bool solicited)
         cq->stamps[at(cq, cq->head)] = now_ns();
     cq->head++;
     ctx->delivered = true;
-    if (cq->armed == ARMED_ANY || (cq->armed == ARMED_SOLICITED && (solicited || wc->status != IBV_WC_SUCCESS)))
+    if (cq->armed == NOT_ARMED || (cq->armed == ARMED_SOLICITED && !solicited && wc->status == IBV_WC_SUCCESS))
+        return;
+    if (cq->polling)
+        cq->unannounced = true;
+    else
         channel_notify(cq);
 }
 
@@ -103,11 +107,25 @@ static int pop(struct cq *cq, int num, struct ibv_wc *wc)
     return taken;
 }
 
-/* While the queue is armed the application is about to sleep: the device thread is not kept out then. */
+/* While the queue is armed the application is about to sleep: the device thread is not kept out then. What an event
+ * loop finds by polling is not announced to it, see announce(). */
 static void fill(struct context *ctx, struct cq *cq)
 {
-    if (!count(cq))
-        progress_poll(ctx, cq->armed == NOT_ARMED);
+    if (count(cq))
+        return;
+    cq->polling = cq->armed != NOT_ARMED && channel_is_watched(cq->base.channel);
+    progress_poll(ctx, cq->armed == NOT_ARMED);
+    if (cq->polling)
+        progress_flush_acks(ctx); /* an event loop may take its time until it comes again */
+    cq->polling = false;
+}
+
+/* What the poll left behind; else the queue stays armed. */
+static void announce(struct cq *cq)
+{
+    if (cq->unannounced && count(cq))
+        channel_notify(cq);
+    cq->unannounced = false;
 }
 
 int cq_poll(struct ibv_cq *base, int num, struct ibv_wc *wc)
@@ -123,6 +141,7 @@ int cq_poll(struct ibv_cq *base, int num, struct ibv_wc *wc)
     pthread_mutex_lock(&ctx->lock);
     fill(ctx, cq);
     taken = pop(cq, num, wc);
+    announce(cq);
     if (!taken && cq->overrun)
         taken = -EIO;
     pthread_mutex_unlock(&ctx->lock);
@@ -144,7 +163,7 @@ int cq_arm(struct ibv_cq *base, int solicited_only)
         cq->armed = ARMED_ANY;
     else if (cq->armed == NOT_ARMED)
         cq->armed = ARMED_SOLICITED;
-    progress_hand_over(ctx);
+    sleep_armed(ctx, (struct channel *)(void *)base->channel);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
 }
@@ -179,6 +198,7 @@ static int start_poll(struct ibv_cq_ex *ex, struct ibv_poll_cq_attr *attr)
     pthread_mutex_lock(&ctx->lock);
     fill(ctx, cq);
     rc = pop_current(cq);
+    announce(cq);
     pthread_mutex_unlock(&ctx->lock);
     if (rc && !cq->single_threaded)
         pthread_mutex_unlock(&cq->turn); /* there is no end_poll after a start_poll that failed */

@@ -455,8 +455,7 @@ static bool is_valid(const struct usroce_fault *fault)
            is_probability(fault->corrupt) && is_probability(fault->delay);
 }
 
-/* 0 or an errno. Not every context that a caller may have is ours: it may hold another library as well. */
-static int check_ours(const struct ibv_context *context)
+int context_check_ours(const struct ibv_context *context)
 {
     if (context->device != &the_device)
         return ENOTSUP;
@@ -466,7 +465,7 @@ static int check_ours(const struct ibv_context *context)
 EXPORT int usroce_set_fault(struct ibv_context *context, const struct usroce_fault *fault)
 {
     struct context *ctx;
-    int rc = check_ours(context);
+    int rc = context_check_ours(context);
 
     if (rc)
         return rc;
@@ -476,7 +475,7 @@ EXPORT int usroce_set_fault(struct ibv_context *context, const struct usroce_fau
     pthread_mutex_lock(&ctx->lock);
     rc = set_faults(ctx, fault);
     table_set_open(ctx);
-    progress_links_changed(ctx);
+    sleep_links_changed(ctx);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
 }
@@ -484,7 +483,7 @@ EXPORT int usroce_set_fault(struct ibv_context *context, const struct usroce_fau
 EXPORT int usroce_capture(struct ibv_context *context, const char *path)
 {
     struct context *ctx;
-    int rc = check_ours(context);
+    int rc = context_check_ours(context);
 
     if (rc)
         return rc;
@@ -495,7 +494,7 @@ EXPORT int usroce_capture(struct ibv_context *context, const char *path)
     else
         remove_capture(ctx);
     table_set_open(ctx);
-    progress_links_changed(ctx);
+    sleep_links_changed(ctx);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
 }
@@ -503,7 +502,7 @@ EXPORT int usroce_capture(struct ibv_context *context, const char *path)
 EXPORT int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size)
 {
     struct context *ctx;
-    int rc = check_ours(context);
+    int rc = context_check_ours(context);
 
     if (rc)
         return rc;
@@ -821,11 +820,16 @@ static int open_parts(struct context *ctx, const struct settings *settings)
     rc = tx_init(ctx);
     if (rc)
         goto fail_fd;
-    rc = progress_init(ctx);
+    rc = sleep_init(ctx);
     if (rc)
         goto fail_tx;
+    rc = progress_init(ctx);
+    if (rc)
+        goto fail_sleep;
     return 0;
 
+fail_sleep:
+    sleep_free(ctx);
 fail_tx:
     tx_free(ctx);
 fail_fd:
@@ -891,10 +895,11 @@ EXPORT int ibv_close_device(struct ibv_context *context)
 
     if (context_is_foreign(ctx))
         return ENODEV;
-    progress_stop(ctx);
+    thread_stop(ctx);
     pthread_mutex_lock(&ctx->lock);
     silence(ctx);
     async_forget_all(ctx);
+    sleep_free(ctx);
     progress_free(ctx);
     close(context->async_fd);
     context->async_fd = -1;

@@ -46,10 +46,9 @@ static void take_unit(int fd)
     while (rc < 0 && errno == EINTR);
 }
 
-/* Waits for an event, without the lock. False: errno says why there is none. */
-static bool wait_for_unit(int fd)
+/* Whether to wait for a unit. False: errno says why not. */
+static bool may_wait(int fd)
 {
-    struct pollfd pfd = {.fd = fd, .events = POLLIN};
     int flags = fcntl(fd, F_GETFL);
 
     if (flags < 0)
@@ -58,7 +57,15 @@ static bool wait_for_unit(int fd)
         errno = EAGAIN;
         return false;
     }
-    return poll(&pfd, 1, -1) > 0;
+    return true;
+}
+
+/* Waits for an event, without the lock. False: errno says why there is none. */
+static bool wait_for_unit(int fd)
+{
+    struct pollfd pfd = {.fd = fd, .events = POLLIN};
+
+    return may_wait(fd) && poll(&pfd, 1, -1) > 0;
 }
 
 /* --- completion channels ------------------------------------------------------------------------------------- */
@@ -89,6 +96,8 @@ EXPORT struct ibv_comp_channel *ibv_create_comp_channel(struct ibv_context *cont
         return NULL;
     }
     channel->base.context = context;
+    channel->watch_fd = -1;
+    list_init(&channel->in_watched);
     list_init(&channel->ready);
     pthread_mutex_lock(&ctx->lock);
     ctx->num_channels++;
@@ -105,8 +114,10 @@ EXPORT int ibv_destroy_comp_channel(struct ibv_comp_channel *base)
         return ENODEV;
     pthread_mutex_lock(&ctx->lock);
     busy = base->refcnt > 0;
-    if (!busy)
+    if (!busy) {
+        sleep_unwatch(ctx, channel_of(base));
         ctx->num_channels--;
+    }
     context_unlock(ctx);
     if (busy)
         return EBUSY;
@@ -117,13 +128,24 @@ EXPORT int ibv_destroy_comp_channel(struct ibv_comp_channel *base)
 
 void channel_notify(struct cq *cq)
 {
+    struct channel *channel = channel_of(cq->base.channel);
+
     cq->armed = NOT_ARMED;
-    if (!cq->base.channel)
+    if (!channel)
         return;
     cq->pending++;
     if (list_empty(&cq->in_channel))
-        list_add_tail(&channel_of(cq->base.channel)->ready, &cq->in_channel);
-    add_unit(cq->base.channel->fd);
+        list_add_tail(&channel->ready, &cq->in_channel);
+    if (channel->taking)
+        channel->without_unit++;
+    else
+        add_unit(channel->base.fd);
+    sleep_notified(context_of(cq->base.context), channel);
+}
+
+bool channel_is_watched(struct ibv_comp_channel *base)
+{
+    return base && channel_of(base)->watch_fd >= 0;
 }
 
 void channel_forget(struct cq *cq)
@@ -143,7 +165,11 @@ static struct cq *channel_take(struct channel *channel)
     if (!entry)
         return NULL;
     cq = list_entry(entry, struct cq, in_channel);
-    take_unit(channel->base.fd);
+    if (channel->without_unit)
+        channel->without_unit--;
+    else
+        take_unit(channel->base.fd);
+    channel->taken = true;
     cq->pending--;
     cq->comp_events++;
     if (cq->pending)
@@ -154,24 +180,44 @@ static struct cq *channel_take(struct channel *channel)
 EXPORT int ibv_get_cq_event(struct ibv_comp_channel *base, struct ibv_cq **cq_out, void **cq_context)
 {
     struct context *ctx = context_of(base->context);
+    struct channel *channel = channel_of(base);
     struct cq *cq;
+    int state;
 
     if (context_is_foreign(ctx)) {
         errno = ENODEV;
         return -1;
     }
-    for (;;) {
-        pthread_mutex_lock(&ctx->lock);
-        cq = channel_take(channel_of(base));
-        pthread_mutex_unlock(&ctx->lock);
-        if (cq)
-            break;
-        if (!wait_for_unit(base->fd))
-            return -1;
-    }
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state); /* but for its sleep: driving has cancellation points */
+    pthread_mutex_lock(&ctx->lock);
+    do
+        cq = channel_take(channel);
+    while (!cq && (sleep_attend(ctx, channel) || (may_wait(base->fd) && sleep_blocking(ctx, channel, state))));
+    for (; channel->without_unit; channel->without_unit--)
+        add_unit(base->fd);
+    pthread_mutex_unlock(&ctx->lock);
+    pthread_setcancelstate(state, NULL);
+    if (!cq)
+        return -1;
     *cq_out = &cq->base;
     *cq_context = cq->base.cq_context;
     return 0;
+}
+
+EXPORT int usroce_watch_channel(struct ibv_comp_channel *base, int *fd)
+{
+    struct context *ctx = context_of(base->context);
+    struct channel *channel = channel_of(base);
+    int rc = context_check_ours(base->context);
+
+    if (rc)
+        return rc;
+    pthread_mutex_lock(&ctx->lock);
+    if (channel->watch_fd < 0)
+        rc = sleep_watch(ctx, channel);
+    *fd = channel->watch_fd;
+    pthread_mutex_unlock(&ctx->lock);
+    return rc;
 }
 
 EXPORT void ibv_ack_cq_events(struct ibv_cq *cq, unsigned int nevents)

@@ -61,14 +61,9 @@ struct group {
     uint8_t traffic_class;
     uint32_t segment;
     uint32_t bytes;
-    uint32_t first_frame, frames;
-    uint32_t first_piece, pieces;
+    uint32_t frames;
+    uint32_t first_piece, pieces; /* frames that lie one behind the other in memory share one */
     _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(uint16_t)) + CMSG_SPACE(sizeof(int))];
-};
-
-struct queued {
-    uint32_t size;
-    uint32_t pieces;
 };
 
 struct udp_link {
@@ -80,11 +75,8 @@ struct udp_link {
     /* queued for sending */
     struct group groups[MAX_FRAMES];
     struct mmsghdr outgoing[MAX_FRAMES]; /* one for each group */
-    struct queued frames[MAX_FRAMES];
     struct iovec pieces[MAX_PIECES];
     uint32_t num_groups, num_frames, num_pieces;
-    uint32_t adjusted_size;              /* frame size that the adjustments are of */
-    uint32_t adjustments[MAX_SEGMENTS];  /* by place in the group; 0: not computed yet */
 
     /* received: messages `next`..`filled` are still to be handed out, the next one from `offset` on */
     uint8_t *buffers;
@@ -181,14 +173,8 @@ static void adjust_icrc(struct udp_link *udp, const struct iovec *last, uint32_t
 
     if (!udp->v4 || !k)
         return;
-    if (udp->adjusted_size != size) {
-        memset(udp->adjustments, 0, sizeof(udp->adjustments));
-        udp->adjusted_size = size;
-    }
-    if (!udp->adjustments[k])
-        udp->adjustments[k] = icrc_adjustment(size, (uint16_t)k);
     memcpy(&icrc, place, sizeof(icrc));
-    icrc ^= htole32(udp->adjustments[k]);
+    icrc ^= htole32(icrc_adjustment(size, (uint16_t)k));
     memcpy(place, &icrc, sizeof(icrc));
 }
 
@@ -211,11 +197,33 @@ static struct group *new_group(struct udp_link *udp, const struct frame *frame)
     group->traffic_class = frame->traffic_class;
     group->segment = frame->size;
     group->bytes = 0;
-    group->first_frame = udp->num_frames;
     group->frames = 0;
     group->first_piece = udp->num_pieces;
     group->pieces = 0;
     return group;
+}
+
+/* The first piece of a frame continues the last one of its group. */
+static bool continues(const struct udp_link *udp, const struct group *group, const struct iovec *piece)
+{
+    const struct iovec *last;
+
+    if (!group->pieces)
+        return false;
+    last = &udp->pieces[udp->num_pieces - 1];
+    return (uint8_t *)last->iov_base + last->iov_len == (uint8_t *)piece->iov_base;
+}
+
+static void add_pieces(struct udp_link *udp, struct group *group, const struct iovec *pieces, uint32_t count)
+{
+    if (continues(udp, group, pieces)) {
+        udp->pieces[udp->num_pieces - 1].iov_len += pieces->iov_len;
+        pieces++;
+        count--;
+    }
+    memcpy(&udp->pieces[udp->num_pieces], pieces, count * sizeof(*pieces));
+    udp->num_pieces += count;
+    group->pieces += count;
 }
 
 static void udp_flush(struct link *link);
@@ -233,10 +241,8 @@ static void udp_send(struct link *link, const struct frame *frame)
     if (!group || !fits(udp, group, frame))
         group = new_group(udp, frame);
     adjust_icrc(udp, &frame->iov[niov - 1], frame->size, group->frames);
-    memcpy(&udp->pieces[udp->num_pieces], frame->iov, niov * sizeof(*frame->iov));
-    udp->num_pieces += niov;
-    udp->frames[udp->num_frames++] = (struct queued){.size = frame->size, .pieces = niov};
-    group->pieces += niov;
+    add_pieces(udp, group, frame->iov, niov);
+    udp->num_frames++;
     group->bytes += frame->size;
     group->frames++;
 }
@@ -281,14 +287,35 @@ static void count_sent(struct usroce_counters *counters, uint32_t frames, uint32
     counters->sent_bytes += bytes;
 }
 
+/* Cuts the next frame off the pieces of a group: *first is where it begins, and it takes `size` bytes. Returns how many
+ * pieces it has. */
+static size_t cut(struct iovec **first, uint32_t size, struct iovec *out)
+{
+    size_t count = 0;
+
+    while (size) {
+        struct iovec *piece = *first;
+        size_t part = piece->iov_len < size ? piece->iov_len : size;
+
+        out[count++] = (struct iovec){piece->iov_base, part};
+        piece->iov_base = (uint8_t *)piece->iov_base + part;
+        piece->iov_len -= part;
+        size -= (uint32_t)part;
+        if (!piece->iov_len)
+            ++*first;
+    }
+    return count;
+}
+
 /* Sends one frame of a group on its own. Whether the kernel took it. */
-static bool send_one(struct udp_link *udp, struct group *group, struct iovec *pieces, const struct queued *frame)
+static bool send_one(struct udp_link *udp, struct group *group, struct iovec *pieces, size_t num_pieces,
+                     uint32_t size)
 {
     struct usroce_counters *counters = udp->link.counters;
     struct msghdr header;
     ssize_t rc;
 
-    fill_header(udp, group, pieces, frame->pieces, 0, &header);
+    fill_header(udp, group, pieces, num_pieces, 0, &header);
     do {
         counters->send_calls++;
         rc = sendmsg(udp->link.fd, &header, MSG_DONTWAIT);
@@ -297,7 +324,7 @@ static bool send_one(struct udp_link *udp, struct group *group, struct iovec *pi
         counters->send_errors++;
         return false;
     }
-    count_sent(counters, 1, frame->size);
+    count_sent(counters, 1, size);
     return true;
 }
 
@@ -306,17 +333,19 @@ static bool send_one(struct udp_link *udp, struct group *group, struct iovec *pi
  * more. A packet too large for the path, for instance, is not its fault. */
 static void send_singly(struct udp_link *udp, struct group *group)
 {
-    struct iovec *pieces = &udp->pieces[group->first_piece];
+    struct iovec *left = &udp->pieces[group->first_piece];
 
     for (uint32_t k = 0; k < group->frames; k++) {
-        const struct queued *frame = &udp->frames[group->first_frame + k];
+        uint32_t before = k * group->segment;
+        uint32_t size = group->bytes - before < group->segment ? group->bytes - before : group->segment;
+        struct iovec pieces[LINK_MAX_PIECES];
+        size_t count = cut(&left, size, pieces);
         bool sent;
 
-        adjust_icrc(udp, &pieces[frame->pieces - 1], frame->size, k);
-        sent = send_one(udp, group, pieces, frame);
+        adjust_icrc(udp, &pieces[count - 1], size, k);
+        sent = send_one(udp, group, pieces, count, size);
         if (k == 0 && sent)
             udp->gso = false;
-        pieces += frame->pieces;
     }
 }
 
@@ -338,6 +367,14 @@ static void fill_headers(struct udp_link *udp)
     }
 }
 
+/* As sendmmsg(2), which costs more where there is one only. */
+static int send_groups(struct udp_link *udp, uint32_t first)
+{
+    if (udp->num_groups - first > 1)
+        return sendmmsg(udp->link.fd, &udp->outgoing[first], udp->num_groups - first, MSG_DONTWAIT);
+    return sendmsg(udp->link.fd, &udp->outgoing[first].msg_hdr, MSG_DONTWAIT) < 0 ? -1 : 1;
+}
+
 static void udp_flush(struct link *link)
 {
     struct udp_link *udp = udp_of(link);
@@ -345,7 +382,7 @@ static void udp_flush(struct link *link)
 
     fill_headers(udp);
     while (done < udp->num_groups) {
-        int sent = sendmmsg(link->fd, &udp->outgoing[done], udp->num_groups - done, MSG_DONTWAIT);
+        int sent = send_groups(udp, done);
 
         link->counters->send_calls++;
         if (sent < 0 && errno == EINTR)

@@ -1,41 +1,23 @@
-/* Who drives the device, and when: packets in, timers, packets out.
+/* Driving the device: packets in, timers, packets out.
  *
- * One pass (`drive`) does everything that can be done without waiting. Two kinds of thread run it:
- *
- * - An application thread that polls a completion queue and finds nothing. So polled operation has no hop between
- *   threads. After a few polls in a row it has claimed the device, and the device thread stays out: it wakes once in a
- *   while (`grace`) to see whether the polling goes on.
- * - The device thread, when nobody polls: when the application armed a queue to sleep on its channel, or computes,
- *   or sleeps. It watches the links and serves the peer's one-sided requests then. With nothing to do it sleeps
- *   without a timeout.
- *
- * `grace` adapts: when a claim turns out to be abandoned with packets waiting (a program that polls memory instead
- * of its queue), the thread looks sooner the next time.
+ * One pass (progress_drive) does everything that can be done without waiting. An application thread runs it that polls
+ * a completion queue and finds nothing, so polled operation has no hop between threads; and whoever wakes for packets,
+ * see sleep.c.
  *
  * Acknowledgements are owed rather than sent: all packets of a pass are acknowledged by one. In a
  * claimed device, a pass that found the application a completion leaves them until it has posted (an answer,
  * usually), and sends them behind that in the same system call; the next poll, an arm or the device thread sends
  * them otherwise, and the end of the program. */
-#define _GNU_SOURCE /* ppoll */
 #include "usroce.h"
 
 #include <errno.h>
-#include <poll.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "icrc.h"
 
 enum {
-    BURST = 128,           /* packets a queue pair may send in one pass, before the others had their turn */
-    CLAIM_AFTER = 8,       /* polls in a row, without arming a queue in between */
-    GRACE_MIN = 50 * 1000, /* ns */
-    GRACE_MAX = 1000 * 1000,
+    BURST = 128, /* packets a queue pair may send in one pass, before the others had their turn */
 };
 
 /* --- timers: a heap of queue pairs, by the earliest time at which they want to be looked at ----------------- */
@@ -114,23 +96,6 @@ int timers_reserve(struct timers *timers, uint32_t count)
     return 0;
 }
 
-static void kick(struct context *ctx)
-{
-    uint64_t one = 1;
-    ssize_t rc = write(ctx->kick, &one, sizeof(one));
-
-    (void)rc; /* the counter is full: the thread is woken anyway */
-}
-
-/* The device thread must not sleep beyond `deadline`. */
-static void wake_by(struct context *ctx, uint64_t deadline)
-{
-    if (ctx->thread_state == THREAD_WATCHING && deadline < ctx->wake_at) {
-        ctx->wake_at = deadline;
-        kick(ctx);
-    }
-}
-
 void timer_set(struct context *ctx, struct qp *qp, uint64_t deadline)
 {
     qp->deadline = deadline;
@@ -143,7 +108,7 @@ void timer_set(struct context *ctx, struct qp *qp, uint64_t deadline)
         qp->heap_key = deadline;
         heap_up(&ctx->timers, qp->heap_index);
     }
-    wake_by(ctx, deadline);
+    thread_wake_by(ctx, deadline);
 }
 
 void timer_forget(struct context *ctx, struct qp *qp)
@@ -273,7 +238,7 @@ void progress_starved(struct context *ctx, struct qp *qp)
 {
     list_del(&qp->in_tx);
     list_add_tail(&ctx->starved, &qp->in_tx);
-    wake_by(ctx, 0); /* a device thread that sleeps did not ask to be woken for room */
+    thread_wake_for_room(ctx); /* who sleeps did not ask to be woken for that */
 }
 
 /* Those that wait for room and have it now get their turn. */
@@ -321,7 +286,7 @@ static void transmit_all(struct context *ctx)
         transmit(ctx, list_entry(entry, struct qp, in_tx));
 }
 
-static uint64_t links_deadline(const struct context *ctx)
+uint64_t progress_deadline_links(const struct context *ctx)
 {
     uint64_t earliest = NEVER;
 
@@ -344,15 +309,12 @@ static void flush_due_links(struct context *ctx, uint64_t now)
     }
 }
 
-/* What a passing application thread leaves: the device thread sees to it, should nobody else come. */
-static void leave_rest(struct context *ctx)
+void progress_leave_rest(struct context *ctx)
 {
-    if (ctx->thread_state != THREAD_WATCHING)
-        return; /* it looks by itself, soon */
     if (!list_empty(&ctx->tx_ready))
-        wake_by(ctx, 0);
+        thread_wake_by(ctx, 0);
     else
-        wake_by(ctx, links_deadline(ctx));
+        thread_wake_by(ctx, progress_deadline_links(ctx));
 }
 
 void progress_posted(struct context *ctx, struct qp *qp)
@@ -360,20 +322,18 @@ void progress_posted(struct context *ctx, struct qp *qp)
     req_transmit(ctx, qp, BURST);
     send_acks(ctx);
     tx_flush(ctx);
-    leave_rest(ctx);
+    progress_leave_rest(ctx);
 }
 
 /* --- the pass --------------------------------------------------------------------------------------------------- */
 
 /* One pass; returns how many frames came in. `polled`: a polling thread runs it. */
-static int drive(struct context *ctx, bool polled)
+int progress_drive(struct context *ctx, bool polled)
 {
     int received;
 
-    if (polled && !list_empty(&ctx->acks)) {
-        send_acks(ctx); /* the application did not post anything that they could have gone with */
-        tx_flush(ctx);
-    }
+    if (polled)
+        progress_flush_acks(ctx); /* the application did not post anything that they could have gone with */
     ctx->delivered = false;
     received = receive_all(ctx);
     retry_starved(ctx);
@@ -383,7 +343,7 @@ static int drive(struct context *ctx, bool polled)
     if (!ctx->claimed || !ctx->delivered)
         send_acks(ctx);
     tx_flush(ctx);
-    if (links_deadline(ctx) != NEVER)
+    if (progress_deadline_links(ctx) != NEVER)
         flush_due_links(ctx, now_ns());
     return received;
 }
@@ -392,156 +352,26 @@ void progress_poll(struct context *ctx, bool claim)
 {
     ctx->polls++;
     ctx->counters.polls++;
-    drive(ctx, true);
-    if (claim && !ctx->claimed && ++ctx->polls_in_a_row >= CLAIM_AFTER) {
-        ctx->claimed = true;
-        wake_by(ctx, 0); /* to stay out from now on, and look after what is left when the polling ends */
-    }
-    leave_rest(ctx);
+    if (claim)
+        thread_polled(ctx);
+    progress_drive(ctx, true);
+    progress_leave_rest(ctx);
 }
 
-void progress_hand_over(struct context *ctx)
+void progress_flush_acks(struct context *ctx)
 {
-    ctx->claimed = false;
-    ctx->polls_in_a_row = 0;
-    if (!list_empty(&ctx->acks)) {
-        send_acks(ctx);
-        tx_flush(ctx);
-    }
-    leave_rest(ctx);
-    if (ctx->thread_state == THREAD_STAYING_OUT)
-        kick(ctx);
+    if (list_empty(&ctx->acks))
+        return;
+    send_acks(ctx);
+    tx_flush(ctx);
 }
 
-void progress_links_changed(struct context *ctx)
+uint64_t progress_deadline(const struct context *ctx)
 {
-    if (ctx->thread_state == THREAD_WATCHING)
-        kick(ctx);
-}
+    uint64_t links = progress_deadline_links(ctx);
+    uint64_t timer = ctx->timers.count ? ctx->timers.heap[1]->heap_key : NEVER;
 
-/* --- the device thread ---------------------------------------------------------------------------------------- */
-
-static struct timespec *until(uint64_t deadline, struct timespec *ts)
-{
-    uint64_t now, left;
-
-    if (deadline == NEVER)
-        return NULL;
-    now = now_ns();
-    left = deadline > now ? deadline - now : 0;
-    ts->tv_sec = (time_t)(left / 1000000000u);
-    ts->tv_nsec = (long)(left % 1000000000u);
-    return ts;
-}
-
-/* Sleeps until one of the descriptors is readable or the deadline has come. Gives the lock back meanwhile. */
-static void sleep_on(struct context *ctx, struct pollfd *fds, nfds_t count, uint64_t deadline)
-{
-    struct timespec ts;
-    uint64_t kicks;
-
-    pthread_mutex_unlock(&ctx->lock);
-    ppoll(fds, count, until(deadline, &ts), NULL);
-    pthread_mutex_lock(&ctx->lock);
-    ctx->thread_state = THREAD_BUSY;
-    ctx->counters.thread_wakeups++;
-    if (fds[0].revents && read(ctx->kick, &kicks, sizeof(kicks)) < 0)
-        return; /* somebody else's wake-up was read already */
-}
-
-static void stay_out(struct context *ctx)
-{
-    struct pollfd fd = {.fd = ctx->kick, .events = POLLIN};
-    uint64_t seen = ctx->polls;
-
-    ctx->thread_state = THREAD_STAYING_OUT;
-    sleep_on(ctx, &fd, 1, now_ns() + ctx->grace);
-    if (ctx->polls != seen) {
-        ctx->grace = ctx->grace * 2 < GRACE_MAX ? ctx->grace * 2 : GRACE_MAX;
-    } else if (ctx->claimed) {
-        ctx->claimed = false; /* abandoned */
-        if (drive(ctx, false))
-            ctx->grace = ctx->grace / 4 > GRACE_MIN ? ctx->grace / 4 : GRACE_MIN;
-    }
-}
-
-/* Nobody will look at the links in use for a while. False: somebody should, now. */
-static bool links_sleep(struct context *ctx)
-{
-    bool may = true;
-
-    for (int i = 0; i < ctx->num_gids; i++) {
-        struct link *ground = link_ground(ctx->gids[i].link);
-
-        if (ctx->gids[i].users && ground->ops->sleep && !ground->ops->sleep(ground))
-            may = false;
-    }
-    return may;
-}
-
-static void links_wake(struct context *ctx)
-{
-    for (int i = 0; i < ctx->num_gids; i++) {
-        struct link *ground = link_ground(ctx->gids[i].link);
-
-        if (ground->ops->wake)
-            ground->ops->wake(ground);
-    }
-}
-
-static void watch(struct context *ctx)
-{
-    struct pollfd fds[1 + MAX_GIDS] = {{.fd = ctx->kick, .events = POLLIN}};
-    nfds_t count = 1;
-    uint64_t links = links_deadline(ctx);
-
-    for (int i = 0; i < ctx->num_gids; i++)
-        if (ctx->gids[i].users)
-            fds[count++] = (struct pollfd){.fd = ctx->gids[i].link->fd, .events = POLLIN};
-    ctx->wake_at = ctx->timers.count ? ctx->timers.heap[1]->heap_key : NEVER;
-    if (links < ctx->wake_at)
-        ctx->wake_at = links;
-    if (links_sleep(ctx)) {
-        ctx->thread_state = THREAD_WATCHING;
-        sleep_on(ctx, fds, count, ctx->wake_at);
-    }
-    links_wake(ctx);
-}
-
-static void *device_thread(void *arg)
-{
-    struct context *ctx = arg;
-
-    pthread_mutex_lock(&ctx->lock);
-    while (!ctx->stopping) {
-        if (ctx->claimed) {
-            stay_out(ctx);
-        } else if (!drive(ctx, false) && list_empty(&ctx->tx_ready)) {
-            watch(ctx);
-        } else {
-            /* There may be more; but let those in who wait for the lock. */
-            pthread_mutex_unlock(&ctx->lock);
-            sched_yield();
-            pthread_mutex_lock(&ctx->lock);
-        }
-    }
-    pthread_mutex_unlock(&ctx->lock);
-    return NULL;
-}
-
-int progress_start_thread(struct context *ctx)
-{
-    sigset_t all, before;
-    int rc;
-
-    if (ctx->thread_running)
-        return 0;
-    sigfillset(&all); /* signals are the application's business */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(&ctx->thread, NULL, device_thread, ctx);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    ctx->thread_running = rc == 0;
-    return rc;
+    return links < timer ? links : timer;
 }
 
 /* --- life -------------------------------------------------------------------------------------------------------- */
@@ -573,34 +403,13 @@ int progress_init(struct context *ctx)
     list_init(&ctx->tx_ready);
     list_init(&ctx->starved);
     list_init(&ctx->acks);
-    ctx->grace = GRACE_MAX;
     ctx->views = calloc(LINK_MAX_VIEWS, sizeof(*ctx->views));
     if (!ctx->views)
         return ENOMEM;
-    ctx->kick = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (ctx->kick < 0) {
-        int rc = errno;
-
-        free(ctx->views);
-        ctx->views = NULL;
-        return rc;
-    }
     pthread_mutex_lock(&process_lock);
     list_add_tail(&opened, &ctx->in_process);
     pthread_mutex_unlock(&process_lock);
     return 0;
-}
-
-void progress_stop(struct context *ctx)
-{
-    if (!ctx->thread_running)
-        return;
-    pthread_mutex_lock(&ctx->lock);
-    ctx->stopping = true;
-    kick(ctx);
-    pthread_mutex_unlock(&ctx->lock);
-    pthread_join(ctx->thread, NULL);
-    ctx->thread_running = false;
 }
 
 void progress_free(struct context *ctx)
@@ -608,7 +417,6 @@ void progress_free(struct context *ctx)
     pthread_mutex_lock(&process_lock);
     list_del(&ctx->in_process);
     pthread_mutex_unlock(&process_lock);
-    close(ctx->kick);
     free(ctx->views);
     free(ctx->timers.heap);
 }

@@ -110,17 +110,23 @@ static bool values_in_range(const struct ibv_qp_attr *attr, int mask)
 static void use_slot(struct context *ctx, struct gid_slot *slot)
 {
     if (slot->users++ == 0)
-        progress_links_changed(ctx);
+        sleep_links_changed(ctx);
+}
+
+static void leave_slot(struct context *ctx, struct gid_slot *slot)
+{
+    if (--slot->users == 0)
+        sleep_links_changed(ctx);
 }
 
 static void leave_slots(struct context *ctx, struct qp *qp)
 {
     if (qp->slot)
-        qp->slot->users--;
+        leave_slot(ctx, qp->slot);
     qp->slot = NULL;
     if (qp->on_all_slots)
         for (int i = 0; i < ctx->num_gids; i++)
-            ctx->gids[i].users--;
+            leave_slot(ctx, &ctx->gids[i]);
     qp->on_all_slots = false;
 }
 
@@ -473,7 +479,7 @@ static int enlist(struct context *ctx, struct qp *qp)
 
     if (rc)
         return rc;
-    rc = ctx->qps.count < MAX_QP ? progress_start_thread(ctx) : ENOMEM;
+    rc = ctx->qps.count < MAX_QP ? thread_start(ctx) : ENOMEM;
     if (rc)
         return rc;
     rc = idmap_add_random(&ctx->qps, 2, WIRE_PSN_MASK - 1, qp, &qp->base.qp_num); /* 0, 1, 2^24-1 are special */

@@ -1,5 +1,6 @@
 /* Packets on their way out: a buffer for the headers and small payload of each, room for the seal, and the batch that
- * a flush hands to the kernel.
+ * a flush hands to the kernel. Packets lie one behind the other in it, so that small ones to one peer are one piece
+ * of memory to the link.
  *
  * Payload that is not small is not copied: the link sends it from registered memory. So everything queued is
  * flushed before the device lock is given back, while the memory still is what it was when it was looked up. */
@@ -17,12 +18,12 @@ enum {
 };
 
 struct tx {
-    uint32_t queued;
     bool dirty[MAX_GIDS];             /* links with queued frames, by GID slot */
     struct iovec iov[LINK_MAX_PIECES]; /* of the packet being built */
     int niov;
-    uint32_t outside;                 /* bytes of it that are not in its slot */
-    uint8_t slots[TX_PACKETS][TX_SLOT];
+    uint32_t outside;                 /* bytes of it that are not in the buffer */
+    uint32_t used;                    /* bytes of the buffer */
+    uint8_t buffer[TX_PACKETS * TX_SLOT];
 };
 
 int tx_init(struct context *ctx)
@@ -41,16 +42,16 @@ void tx_begin(struct context *ctx, struct tx_packet *packet, struct gid_slot *sl
 {
     struct tx *tx = ctx->tx;
 
-    if (tx->queued == TX_PACKETS)
+    if (tx->used > sizeof(tx->buffer) - TX_SLOT)
         tx_flush(ctx);
     packet->ctx = ctx;
     packet->slot = slot;
     packet->to = to;
-    packet->head = tx->slots[tx->queued];
+    packet->head = tx->buffer + tx->used;
     packet->head_size = 0;
     packet->payload = 0;
     packet->traffic_class = 0;
-    tx->niov = 1; /* the slot itself comes first */
+    tx->niov = 1; /* what is in the buffer comes first */
     tx->outside = 0;
 }
 
@@ -98,7 +99,7 @@ void tx_end(struct tx_packet *packet)
     frame.sealed = false; /* by the link, if it needs to be */
     packet->slot->link->ops->send(packet->slot->link, &frame);
     tx->dirty[packet->slot - packet->ctx->gids] = true;
-    tx->queued++;
+    tx->used += inside + pad + WIRE_ICRC;
 }
 
 bool tx_has_room(const struct gid_slot *slot, const struct endpoint *to, uint32_t payload)
@@ -112,12 +113,12 @@ void tx_flush(struct context *ctx)
 {
     struct tx *tx = ctx->tx;
 
-    if (!tx->queued)
+    if (!tx->used)
         return;
     for (int i = 0; i < ctx->num_gids; i++) {
         if (tx->dirty[i])
             ctx->gids[i].link->ops->flush(ctx->gids[i].link);
         tx->dirty[i] = false;
     }
-    tx->queued = 0;
+    tx->used = 0;
 }

@@ -13,7 +13,8 @@
  *   post.c       posting: ibv_post_send, ibv_post_recv, ibv_wr_*
  *   requester.c  send queue to packets, acknowledgements to completions, retransmission
  *   responder.c  request packets to memory and receive completions, responses and acknowledgements
- *   progress.c   who drives the device: the thread that polls, else the device thread; timers
+ *   progress.c   driving the device: packets in, timers, packets out
+ *   sleep.c      who sleeps until packets come and drives the device then; the device thread
  *   tx.c         packets on their way out: buffers, sealing, batches
  *   wire.[ch]    headers of RoCE v2, the opcode table, bounds-checked parse
  *   icrc.[ch]    the invariant CRC
@@ -175,6 +176,19 @@ struct ah {
 struct channel {
     struct ibv_comp_channel base; /* base.fd: an eventfd in semaphore mode, one unit an event */
     struct list ready;            /* of struct cq.in_channel: queues with events nobody has taken yet */
+    /* Of ibv_get_cq_event(), while it drives the device with the lock held: what it finds needs no unit, for it takes it
+     * at once. */
+    bool taking;
+    unsigned int without_unit;
+
+    /* sleep.c */
+    uint64_t led;                 /* a thread slept here, leading, when this was context.abandoned + 1 */
+    int watch_fd;                 /* usroce_watch_channel(): an epoll set of base.fd and the links; else -1 */
+    struct list in_watched;       /* context.watched */
+    uint32_t watched;             /* links in the set, by GID slot */
+    bool deaf;                    /* none are, for nearly all wake-ups were stray */
+    bool taken;                   /* an event, since the device was driven last */
+    unsigned int strays;          /* wake-ups in a row without an event */
 };
 
 enum armed { NOT_ARMED, ARMED_SOLICITED, ARMED_ANY };
@@ -188,6 +202,8 @@ struct cq {
     uint64_t *stamps;    /* completion times in ns, where the extended interface was asked for them; else NULL */
     uint32_t capacity, head, tail;
     enum armed armed;
+    bool polling;           /* a thread of an event loop drives the device: what it finds here it takes at once */
+    bool unannounced;       /* ... and did not take yet, though the queue is armed */
     bool overrun;
     bool ignore_overrun;    /* what does not fit is lost, and nothing else happens */
     bool single_threaded;   /* extended: the application sees to it that one thread polls at a time; else ... */
@@ -415,18 +431,35 @@ struct context {
     struct view *views;         /* what a receive call found */
     struct usroce_counters counters;
 
-    /* progress.c */
     struct list in_process;   /* every device this process has open, under process_lock */
+    bool delivered;           /* this pass handed something to the application */
+
+    /* sleep.c */
     pthread_t thread;
     bool thread_running, stopping;
     int kick;                 /* eventfd that ends the thread's sleep */
-    enum { THREAD_BUSY, THREAD_WATCHING, THREAD_STAYING_OUT } thread_state;
-    uint64_t wake_at;         /* watching: until then */
-    bool claimed;             /* an application thread polls: the device thread stays out */
+    enum thread_state {
+        THREAD_BUSY,
+        THREAD_WATCHING,
+        THREAD_DEFERRING,
+        THREAD_STAYING_OUT,
+        THREAD_RESTING,
+    } thread_state;
+    uint64_t wake_at;         /* the thread sleeps until then */
+    bool claimed;             /* application threads drive the device: the device thread stays out */
+    bool sleeper;             /* ... and the one that does sleeps for packets, for all we know */
+    bool leading;             /* a thread is asleep in ibv_get_cq_event(), on the links too */
+    bool resting;             /* the device thread found that nothing happens meanwhile */
+    bool attended;            /* an event loop wakes for packets, for all we know */
+    bool links_asleep;
+    int lead_kick;            /* eventfd that ends the sleep of who leads */
+    struct list watched;      /* of struct channel.in_watched */
     uint32_t polls_in_a_row;  /* since a queue was armed last */
-    uint64_t polls;
+    uint32_t in_time;         /* how often in a row the loop came in time */
+    uint64_t came_at;         /* ... and when it did last */
+    uint64_t polls;           /* passes of application threads */
+    uint64_t abandoned;       /* claims, with packets waiting */
     uint64_t grace;           /* ns without a poll after which the device thread takes over */
-    bool delivered;           /* this pass handed something to the application */
 };
 
 static inline struct context *context_of(struct ibv_context *context)
@@ -439,6 +472,8 @@ static inline struct context *context_of(struct ibv_context *context)
 /* True in a process that forked after `ctx` was opened: every exported function then refuses with ENODEV, before
  * it touches the lock. Says so once on stderr. */
 bool context_is_foreign(const struct context *ctx);
+/* 0 or an errno. Not every context that a caller may have is ours: it may hold another library as well. */
+int context_check_ours(const struct ibv_context *context);
 /* Covers what belongs to the process and to no device. Taken last; fork() waits for it. */
 extern pthread_mutex_t process_lock;
 /* Gives the lock back after an object was taken off its counter; a device that is closed goes with its last one.
@@ -470,6 +505,8 @@ int settings_read(struct settings *settings);
 
 /* The queue has a completion and is armed for it: one event to its channel, and disarmed. */
 void channel_notify(struct cq *cq);
+/* usroce_watch_channel() was called for it; not for NULL. */
+bool channel_is_watched(struct ibv_comp_channel *base);
 /* Forget the events that the application has not taken: before the queue goes. */
 void channel_forget(struct cq *cq);
 enum event_subject { EVENT_CQ, EVENT_QP, EVENT_SRQ, EVENT_PORT, EVENT_DEVICE };
@@ -631,30 +668,59 @@ void resp_flush(struct context *ctx, struct qp *qp);
 /* --- progress.c -------------------------------------------------------------------------------------------------------- */
 
 int progress_init(struct context *ctx);
-/* Called without the lock; the thread has ended afterwards. */
-void progress_stop(struct context *ctx);
 void progress_free(struct context *ctx);
-/* The device thread runs from the first queue pair on. */
-int progress_start_thread(struct context *ctx);
+/* One pass; returns how many frames came in. `polled`: a thread of the application runs it. */
+int progress_drive(struct context *ctx, bool polled);
 /* A polling thread found nothing: drive the device once. `claim`: keep the device thread out meanwhile, if this
  * goes on. */
 void progress_poll(struct context *ctx, bool claim);
-/* The application will sleep on a channel: the device thread takes over. */
-void progress_hand_over(struct context *ctx);
+/* What a passing application thread leaves: the device thread sees to it, should nobody else come. */
+void progress_leave_rest(struct context *ctx);
+void progress_flush_acks(struct context *ctx);
+/* When something is to be done though no packet comes: by links, and by timers too. */
+uint64_t progress_deadline_links(const struct context *ctx);
+uint64_t progress_deadline(const struct context *ctx);
 /* Something was posted: transmit it now. */
 void progress_posted(struct context *ctx, struct qp *qp);
 void progress_tx_ready(struct context *ctx, struct qp *qp);
 /* Its link has no room: it gets its turn when there is some. */
 void progress_starved(struct context *ctx, struct qp *qp);
 void progress_owe_ack(struct context *ctx, struct qp *qp);
-/* A GID got its first user or lost its last: the device thread reads other links from now on. */
-void progress_links_changed(struct context *ctx);
 void timer_set(struct context *ctx, struct qp *qp, uint64_t deadline);
 void timer_forget(struct context *ctx, struct qp *qp);
 /* Room for the timers of so many queue pairs. 0 or ENOMEM. */
 int timers_reserve(struct timers *timers, uint32_t count);
 /* Hands a received frame to its queue pair, or counts why not. */
 void progress_receive(struct context *ctx, struct gid_slot *slot, const struct view *view);
+
+/* --- sleep.c -------------------------------------------------------------------------------------------------------------- */
+
+int sleep_init(struct context *ctx);
+void sleep_free(struct context *ctx);
+/* The device thread runs from the first queue pair on. 0 or an errno. */
+int thread_start(struct context *ctx);
+/* Called without the lock; the thread has ended afterwards. */
+void thread_stop(struct context *ctx);
+/* If the device thread sleeps, it must not do so beyond `deadline`. */
+void thread_wake_by(struct context *ctx, uint64_t deadline);
+/* Who sleeps must ask to be woken for room on the link. */
+void thread_wake_for_room(struct context *ctx);
+/* Somebody polls: keep the device thread out, if this goes on. */
+void thread_polled(struct context *ctx);
+/* A queue of the channel (NULL: of none) was armed: whoever sleeps there takes over, else the device thread. */
+void sleep_armed(struct context *ctx, const struct channel *channel);
+/* Sleeps until there may be an event, for packets too. Gives the lock back meanwhile. False: errno says why not. The
+ * caller cannot be cancelled (pthread_cancel), but there it may if `cancel_state` says so. */
+bool sleep_blocking(struct context *ctx, struct channel *channel, int cancel_state);
+/* Who watches the channel woke and found no event: drives the device. Whether there is one now. */
+bool sleep_attend(struct context *ctx, struct channel *channel);
+/* Makes channel->watch_fd. 0 or an errno. */
+int sleep_watch(struct context *ctx, struct channel *channel);
+void sleep_unwatch(struct context *ctx, struct channel *channel);
+/* The channel got an event. */
+void sleep_notified(struct context *ctx, struct channel *channel);
+/* A GID got its first user or lost its last: other links are read from now on. */
+void sleep_links_changed(struct context *ctx);
 
 /* --- tx.c ----------------------------------------------------------------------------------------------------------------- */
 

@@ -57,6 +57,11 @@ void *usroce_alloc(size_t size);
 int usroce_free(void *memory);
 /* No peer can map it from now on; it is ordinary memory. No region may be left in it. 0 or EINVAL. */
 int usroce_unshare(void *memory);
+/* For who watches a non-blocking completion channel in an event loop: *fd (the channel's, which closes it) is readable
+ * when channel->fd is, and also when there is something that the device should do now, which ibv_get_cq_event() does. So
+ * the loop wakes for a packet itself and not after another thread has; and it may wake for no event. What is found by
+ * polling an armed queue of the channel raises no event: the queue stays armed. 0 or an errno. */
+int usroce_watch_channel(struct ibv_comp_channel *channel, int *fd);
 int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 
 #endif

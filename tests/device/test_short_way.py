@@ -7,6 +7,7 @@ import contextvars
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -339,9 +340,13 @@ async def test_another_thread_is_refused(pair: MakePair) -> None:
     both = await pair()
     _, remote = await both.region(64)
     caught: list[Exception] = []
+    calls: list[Callable[[], object]] = [
+        lambda: both.client.send(b"x"),
+        lambda: both.client.write(b"x", remote),
+    ]
 
     def elsewhere() -> None:
-        for call in (lambda: both.client.send(b"x"), lambda: both.client.write(b"x", remote)):
+        for call in calls:
             try:
                 call()
             except MisuseError as error:
@@ -358,7 +363,7 @@ async def test_another_thread_is_refused(pair: MakePair) -> None:
 async def test_nothing_is_left_of_connections(listen: Any) -> None:
     """Senders, receivers and their buffers are collected, whatever refers to what."""
     server, acceptor = await listen()
-    gone = []
+    gone: list[Callable[[], object]] = []
     for _ in range(5):
         connection = await aiordma.connect("127.0.0.1", server.port)
         accepted = await acceptor.accepted.get()

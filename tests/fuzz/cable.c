@@ -159,7 +159,7 @@ void cable_progress(bool rest)
     pthread_mutex_lock(&world.ctx->lock);
     progress_poll(world.ctx, !rest);
     if (rest)
-        progress_hand_over(world.ctx);
+        sleep_armed(world.ctx, NULL);
     pthread_mutex_unlock(&world.ctx->lock);
 }
 

@@ -401,7 +401,7 @@ void world_reset(void)
     for (int i = 0; i < REGIONS; i++)
         fill_region(i);
     memset(&world.ctx->counters, 0, sizeof(world.ctx->counters));
-    progress_hand_over(world.ctx);
+    sleep_armed(world.ctx, NULL);
     for (int i = 0; i < QPS; i++)
         world_connect(i);
     post_bind(0, world.windows[0], WINDOW_1);

@@ -21,7 +21,17 @@ static int wants_segments(const struct msghdr *header)
     return header->msg_controllen && CMSG_FIRSTHDR(header)->cmsg_level == IPPROTO_UDP;
 }
 
-/* Stands before the function of the C library. */
+/* These stand before the functions of the C library. */
+
+ssize_t sendmsg(int fd, const struct msghdr *header, int flags)
+{
+    if (segments_error && wants_segments(header)) {
+        errno = segments_error;
+        return -1;
+    }
+    return syscall(SYS_sendmsg, fd, header, flags);
+}
+
 int sendmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags)
 {
     for (unsigned int i = 0; segments_error && i < count; i++) {

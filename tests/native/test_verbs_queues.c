@@ -316,6 +316,185 @@ static void channel_threads(void)
     close_bench(&bench);
 }
 
+static void *take_events_of(void *arg)
+{
+    struct ibv_comp_channel *channel = arg;
+    struct ibv_cq *cq;
+    void *cookie;
+
+    CHECK(!ibv_get_cq_event(channel, &cq, &cookie) && cq->channel == channel);
+    ibv_ack_cq_events(cq, 1);
+    return NULL;
+}
+
+/* Two threads sleep, each on its own channel; only one of them can wake for packets. */
+static void channel_followers(void)
+{
+    struct bench bench;
+    struct ibv_comp_channel *channel;
+    struct ibv_cq *second;
+    pthread_t threads[2];
+    struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_WRITE, .send_flags = IBV_SEND_SIGNALED};
+
+    open_bench(&bench, ibv_create_comp_channel);
+    channel = ibv_create_comp_channel(bench.context);
+    REQUIRE(channel);
+    CHECK(!ibv_destroy_qp(bench.b));
+    second = ibv_create_cq(bench.context, 16, NULL, channel, 0);
+    REQUIRE(second);
+    bench.b = create_qp(&bench, second, NULL, IBV_QPT_RC);
+    reconnect(&bench);
+    for (int i = 0; i < 20; i++) {
+        REQUIRE(!ibv_req_notify_cq(bench.cq, 0) && !ibv_req_notify_cq(second, 0));
+        REQUIRE(!pthread_create(&threads[0], NULL, take_events_of, bench.cq->channel));
+        REQUIRE(!pthread_create(&threads[1], NULL, take_events_of, channel));
+        REQUIRE(!post(i % 2 ? bench.a : bench.b, &wr));
+        REQUIRE(!pthread_join(threads[i % 2 ? 0 : 1], NULL));
+        REQUIRE(!post(i % 2 ? bench.b : bench.a, &wr));
+        REQUIRE(!pthread_join(threads[i % 2 ? 1 : 0], NULL));
+        drain(bench.cq, 1);
+        drain(second, 1);
+    }
+    CHECK(!ibv_destroy_qp(bench.b) && !ibv_destroy_cq(second) && !ibv_destroy_comp_channel(channel));
+    bench.b = create_qp(&bench, bench.peer_cq, NULL, IBV_QPT_RC);
+    close_bench(&bench);
+}
+
+/* A thread that slept for packets is cancelled there: others see to them from then on. */
+static void channel_cancelled(void)
+{
+    struct bench bench;
+    pthread_t thread;
+    void *result;
+
+    open_bench(&bench, ibv_create_comp_channel);
+    for (int i = 0; i < 20; i++) {
+        CHECK(!ibv_req_notify_cq(bench.cq, 1));
+        REQUIRE(!pthread_create(&thread, NULL, take_events_of, bench.cq->channel));
+        receive_one(&bench, 0); /* not solicited: no event */
+        REQUIRE(!pthread_cancel(thread) && !pthread_join(thread, &result));
+        CHECK(result == PTHREAD_CANCELED);
+        CHECK(write_to(&bench, (uintptr_t)memory, bench.mr->rkey) == IBV_WC_SUCCESS);
+        receive_one(&bench, IBV_SEND_SOLICITED);
+        CHECK(wait_readable(bench.cq->channel->fd));
+        ibv_ack_cq_events(take_event(&bench), 1);
+        while (ibv_poll_cq(bench.cq, 1, &(struct ibv_wc){0}) > 0)
+            ;
+    }
+    close_bench(&bench);
+}
+
+/* --- a watched channel ------------------------------------------------------------------------------------------- */
+
+static int watch(struct bench *bench)
+{
+    int fd = -1, again = -1;
+
+    open_bench(bench, ibv_create_comp_channel);
+    make_nonblocking(bench->cq->channel->fd);
+    REQUIRE(!usroce_watch_channel(bench->cq->channel, &fd) && !usroce_watch_channel(bench->cq->channel, &again));
+    CHECK(fd >= 0 && fd == again && fd != bench->cq->channel->fd);
+    return fd;
+}
+
+/* As an event loop does it; returns how many wake-ups were stray. */
+static int wait_watching(struct bench *bench, int fd)
+{
+    struct ibv_cq *cq;
+    void *cookie;
+    int strays = 0;
+
+    for (;; strays++) {
+        REQUIRE(wait_readable(fd));
+        if (!ibv_get_cq_event(bench->cq->channel, &cq, &cookie))
+            break;
+        CHECK(errno == EAGAIN);
+    }
+    CHECK(cq == bench->cq && cookie == bench);
+    ibv_ack_cq_events(cq, 1);
+    return strays;
+}
+
+/* Nobody calls the device but for an event. */
+static void watched_channel(void)
+{
+    struct bench bench;
+    struct ibv_cq *cq;
+    void *cookie;
+    int fd = watch(&bench);
+
+    for (int i = 0; i < 200; i++) {
+        CHECK(!ibv_req_notify_cq(bench.cq, 0));
+        post_receive(&bench, bench.a);
+        send_to_peer(&bench, bench.b, IBV_SEND_SIGNALED);
+        wait_watching(&bench, fd);
+        drain(bench.cq, 1);
+        CHECK(next_completion(bench.peer_cq).status == IBV_WC_SUCCESS);
+    }
+    while (is_readable(fd)) /* an acknowledgement: the descriptor is readable until it is taken */
+        CHECK(ibv_get_cq_event(bench.cq->channel, &cq, &cookie) == -1 && errno == EAGAIN);
+    CHECK(!ibv_req_notify_cq(bench.cq, 0)); /* it is destroyed armed */
+    close_bench(&bench);
+}
+
+/* What is found by polling may raise no event, but then the queue stays armed. */
+static void watched_and_polled(void)
+{
+    struct bench bench;
+    struct ibv_cq *cq;
+    void *cookie;
+    int fd = watch(&bench);
+    bool armed = false;
+
+    for (int i = 0; i < 200; i++) {
+        if (!armed)
+            CHECK(!ibv_req_notify_cq(bench.cq, 0));
+        post_receive(&bench, bench.a);
+        send_to_peer(&bench, bench.b, IBV_SEND_SIGNALED);
+        CHECK(next_completion(bench.cq).status == IBV_WC_SUCCESS);
+        CHECK(next_completion(bench.peer_cq).status == IBV_WC_SUCCESS);
+        armed = ibv_get_cq_event(bench.cq->channel, &cq, &cookie) != 0;
+        if (!armed)
+            ibv_ack_cq_events(cq, 1);
+        if (!armed || i % 8)
+            continue;
+        post_receive(&bench, bench.a);
+        send_to_peer(&bench, bench.b, IBV_SEND_SIGNALED);
+        wait_watching(&bench, fd);
+        armed = false;
+        drain(bench.cq, 1);
+        CHECK(next_completion(bench.peer_cq).status == IBV_WC_SUCCESS);
+    }
+    close_bench(&bench);
+}
+
+/* A loop is not woken for ever for packets that are none of its business. */
+static void watched_in_vain(void)
+{
+    struct bench bench;
+    struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_WRITE, .send_flags = IBV_SEND_SIGNALED};
+    int fd = watch(&bench), strays = 0;
+
+    CHECK(!ibv_req_notify_cq(bench.cq, 0));
+    for (int i = 0; i < 200; i++) {
+        struct ibv_cq *cq;
+        struct ibv_wc wc;
+        void *cookie;
+
+        REQUIRE(!post(bench.b, &wr));
+        while (!ibv_poll_cq(bench.peer_cq, 1, &wc)) /* nothing is driven here but by the loop, once it is readable */
+            if (is_readable(fd))
+                strays += ibv_get_cq_event(bench.cq->channel, &cq, &cookie) == -1;
+    }
+    post_receive(&bench, bench.a);
+    send_to_peer(&bench, bench.b, IBV_SEND_SIGNALED);
+    wait_watching(&bench, fd);
+    drain(bench.cq, 1);
+    CHECK(next_completion(bench.peer_cq).status == IBV_WC_SUCCESS);
+    CHECK(strays <= 200);
+    close_bench(&bench);
+}
+
 /* --- shared receive queues and asynchronous events ----------------------------------------------------------- */
 
 static struct ibv_srq *create_srq(struct ibv_pd *pd, uint32_t max_wr, uint32_t max_sge)
@@ -435,6 +614,11 @@ int main(void)
     channel_without_waiting();
     channel_forgets();
     channel_threads();
+    channel_followers();
+    channel_cancelled();
+    watched_channel();
+    watched_and_polled();
+    watched_in_vain();
     srq_attributes();
     srq_limit();
     srq_limit_on_empty();
