@@ -110,7 +110,9 @@ class CqReactor(Table):
         self._gone = False
         self._started_ns = now_ns()
         self._events = self._wakeups = self._arms = self._turns = 0
-        self._loop.add_reader(self._channel.fd, self._on_channel)
+        self._channel_fd = self._channel.watch()
+        self._watches = self._channel_fd != self._channel.fd  # readable for packets, too
+        self._loop.add_reader(self._channel_fd, self._on_channel)
         self._loop.add_reader(context.async_fd, self._on_async_events)
 
     # --- who is here ---------------------------------------------------------------------------------
@@ -201,9 +203,15 @@ class CqReactor(Table):
             self._arms += 1
 
     def _on_channel(self) -> None:
-        """The channel is readable: read every event, then drain and arm (or leave it to the polling)."""
+        """The channel is readable: read every event, then drain and arm (or leave it to the polling).
+
+        A channel that is readable for packets is polled first: what is found so raises no event, and the queues stay
+        armed. Should there be an event all the same, the channel stays readable, and it is read in the next turn.
+        """
         self._wakeups += 1
         try:
+            if self._watches and not self.polling and self._poll_once():
+                return
             for queue in self._channel.get_events():
                 self._events += 1
                 self._armed.discard(queue)
@@ -211,6 +219,17 @@ class CqReactor(Table):
                 self._drain_and_arm()
         except DeviceError as error:
             self._device_gone(error)
+
+    def _poll_once(self) -> int:
+        """Polls every queue once; returns how many completions there were."""
+        last_hit = self.last_hit_ns
+        found = 0
+        for queue in self._queues:
+            found += self.poll(queue.pointer)
+        self._learn_gap(last_hit)
+        if found and self.adaptive and self._turns_ns():
+            self._start_polling()
+        return found
 
     def _drain_and_arm(self) -> None:
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
@@ -332,7 +351,7 @@ class CqReactor(Table):
             return
         self._gone = True
         self._loop.remove_reader(self._context.async_fd)
-        self._loop.remove_reader(self._channel.fd)
+        self._loop.remove_reader(self._channel_fd)
         self._loop.call_exception_handler(
             {
                 "message": f"device {self._context.name} is gone",
@@ -374,7 +393,7 @@ class CqReactor(Table):
         if any(self._users.values()):
             raise MisuseError("the reactor is still in use")
         self.closed = True
-        self._loop.remove_reader(self._channel.fd)
+        self._loop.remove_reader(self._channel_fd)
         self._loop.remove_reader(self._context.async_fd)
         for queue in self._queues:
             queue.close()

@@ -385,6 +385,13 @@ static PyObject *flush(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static void drop_frames(Sender *sender)
+{
+    for (unsigned int i = 0; i < sender->queued; i++)
+        Py_CLEAR(sender->frame[i].write);
+    sender->queued = 0;
+}
+
 /* The queue pair is gone: no completion comes any more. */
 static PyObject *forget(PyObject *self, PyObject *unused)
 {
@@ -393,9 +400,7 @@ static PyObject *forget(PyObject *self, PyObject *unused)
     (void)unused;
     sender->open = 0;
     leave_dirty(sender);
-    for (unsigned int i = 0; i < sender->queued; i++)
-        Py_CLEAR(sender->frame[i].write);
-    sender->queued = 0;
+    drop_frames(sender);
     writes_forget(sender);
     for (int i = 0; i < GROUPS; i++)
         table_remove(sender->table, sender->groups[i]->wr_id, (PyObject *)sender->groups[i]);
@@ -486,9 +491,14 @@ static int sender_traverse(PyObject *self, visitproc visit, void *arg)
 
 static int sender_clear(PyObject *self)
 {
-    ((Sender *)self)->open = 0;
-    Py_CLEAR(((Sender *)self)->ledger);
-    Py_CLEAR(((Sender *)self)->connection);
+    Sender *sender = (Sender *)self;
+
+    sender->open = 0;
+    drop_frames(sender);
+    if (sender->table)
+        writes_forget(sender);
+    Py_CLEAR(sender->ledger);
+    Py_CLEAR(sender->connection);
     return 0;
 }
 
@@ -499,13 +509,9 @@ static void sender_dealloc(PyObject *self)
     freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
     PyObject_GC_UnTrack(self);
-    if (sender->table) {
+    if (sender->table)
         leave_dirty(sender);
-        writes_forget(sender);
-    }
-    for (unsigned int i = 0; i < sender->queued; i++)
-        Py_CLEAR(sender->frame[i].write);
-    Py_CLEAR(sender->connection);
+    sender_clear(self);
     Py_CLEAR(sender->loop);
     Py_CLEAR(sender->governor);
     for (int i = 0; i < GROUPS; i++) {
@@ -513,7 +519,6 @@ static void sender_dealloc(PyObject *self)
             sender->groups[i]->sender = NULL;
         Py_CLEAR(sender->groups[i]);
     }
-    Py_CLEAR(sender->ledger);
     Py_CLEAR(sender->credit_queue);
     Py_CLEAR(sender->slot_queue);
     Py_CLEAR(sender->table);
