@@ -205,7 +205,7 @@ class CqReactor(Table):
     def _on_channel(self) -> None:
         """The channel is readable: read every event, then drain and arm (or leave it to the polling).
 
-        A channel that is readable for packets is polled first: what is found so raises no event, and the queues stay
+        A channel that is readable for packets is polled first: what is found so raises no event, and queues stay
         armed. Should there be an event all the same, the channel stays readable, and it is read in the next turn.
         """
         self._wakeups += 1

@@ -41,12 +41,13 @@ class Inbox(_datapath.Inbox[T]):
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        reactor: CqReactor,
         spin: Callable[[Any], None] | None,
         governor: Governor | None,
         put_back: Callable[[T], object] | None = None,
     ) -> None:
-        self._loop = loop
+        super().__init__(reactor)
+        self._loop = asyncio.get_running_loop()
         self.spin = spin
         self._governor = governor
         self._return = put_back or self.put_back
@@ -75,8 +76,10 @@ class Inbox(_datapath.Inbox[T]):
             item: T = await future
         except BaseException:
             if not self.leave_line(future) and not future.cancelled() and future.exception() is None:
+                self.runs()
                 self._return(future.result())
             raise
+        self.runs()
         if started:
             self._learn(started)
         return item
@@ -200,6 +203,7 @@ class ReceiveQueue(SharedUser):
     def __init__(
         self,
         *,
+        reactor: CqReactor,
         ring: OwnRing | SharedRing,
         sends: SendQueue,
         spin: Callable[[Any], None] | None,
@@ -208,15 +212,14 @@ class ReceiveQueue(SharedUser):
         broken: Callable[[DeviceError | ProtocolError], None],
         recall: Callable[[int], None],
     ) -> None:
-        loop = asyncio.get_running_loop()
-        super().__init__(sends, Inbox(loop, spin, governor, put_back=self.put_back))
+        super().__init__(sends, Inbox(reactor, spin, governor, put_back=self.put_back))
         self._sends = sends
         self._failed = failed
         self._broken = broken
         self._recall = recall
         self.ring = ring
         self.shared = ring if isinstance(ring, SharedRing) else None
-        self.notifications: Inbox[int] = Inbox(loop, spin, governor)
+        self.notifications: Inbox[int] = Inbox(reactor, spin, governor)
         self.large: LargeArrivals | None = None  # set with the ledger
         self.on_idle: Callable[[], None] | None = None
         self._last_taken = False  # a shared queue: the device has told that the queue pair takes no more

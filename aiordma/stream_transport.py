@@ -17,6 +17,7 @@ The names with an underscore that asyncio itself looks for in a transport (TLS u
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import logging
 from asyncio import constants, transports
@@ -110,11 +111,16 @@ class RdmaTransport(transports._FlowControlMixin):
         self._bytes_in_flight = 0
         self._flush_due = False  # a flush at the end of this turn of the loop is scheduled
         self._write_error: OSError | None = None
+        self._context = contextvars.copy_context()
         self._closing = False
         self._conn_lost = 0  # connection_lost() is scheduled, or done; counts writes from then on
         self._can_read = asyncio.Event()
         self._can_read.set()
+        self._resumed: asyncio.Future[None] | None = None  # done when reading goes on
         self._reader: asyncio.Task[None] | None = None
+        self._taking: asyncio.Task[None] | None = (
+            None  # hands a message over that the protocol does not take yet
+        )
         self._closer: asyncio.Task[None] | None = None
         self._held = 0  # bytes that were taken and the protocol has not got yet
         self._turn_bytes = 0
@@ -157,6 +163,8 @@ class RdmaTransport(transports._FlowControlMixin):
         """No data for the protocol until :meth:`resume_reading`; the peer is slowed down. Idempotent."""
         if self.is_reading():
             self._can_read.clear()
+            self._resumed = self._loop.create_future()
+            self._connection.hold(self._resumed)
             if self._write_error is not None:  # it waited for the last data, and that does not come
                 self._force_close(self._write_error)
 
@@ -164,6 +172,8 @@ class RdmaTransport(transports._FlowControlMixin):
         """The opposite. Idempotent."""
         if not self._closing:
             self._can_read.set()
+            if self._resumed is not None and not self._resumed.done():
+                self._resumed.set_result(None)
 
     def _start_reading(self) -> None:
         if not self._closing:
@@ -171,6 +181,9 @@ class RdmaTransport(transports._FlowControlMixin):
             self._reader = self._loop.create_task(self._read(), name=name)
 
     def _stop_reading(self) -> None:
+        self._connection.stop_consuming()
+        if self._taking is not None and self._taking is not _current_task(self._loop):
+            self._taking.cancel()
         reader = self._reader
         if reader is not None and not reader.done() and reader is not _current_task(self._loop):
             reader.cancel()
@@ -178,9 +191,7 @@ class RdmaTransport(transports._FlowControlMixin):
     async def _read(self) -> None:
         """The reader task: until the connection or the transport ends."""
         try:
-            while not self._closing:
-                await self._can_read.wait()
-                await self._received(await self._connection.recv())
+            await self._connection.consume(self._message)
         except ConnectionClosedError:
             await self._can_read.wait()
             self._peer_left()
@@ -193,10 +204,30 @@ class RdmaTransport(transports._FlowControlMixin):
         except Exception as error:
             self._fatal_error(error, "Fatal read error on a stream")
 
+    def _message(self, data: bytes) -> asyncio.Future[Any] | None:
+        """A message has come; most often it is data for a protocol that takes it now, all of it. :meth:`_received`
+        would do the same, with more steps."""
+        self._turn_bytes += len(data)
+        if (
+            self._in.eof
+            or not data
+            or self._turn_bytes >= _TURN_BYTES
+            or not self._can_read.is_set()
+            or self._closing
+            or isinstance(self._protocol, asyncio.BufferedProtocol)
+        ):
+            self._turn_bytes -= len(data)
+            self._held = len(data)
+            name = f"aiordma stream reader {self._connection.peer}"
+            self._taking = self._loop.create_task(self._received(data), name=name)
+            return self._taking
+        received: Callable[[bytes], None] = self._protocol.data_received  # type: ignore[attr-defined]
+        self._guarded("data_received", partial(self._context.run, received, data))
+        return None
+
     async def _received(self, data: bytes) -> None:
         """One message for the protocol, or the end of the stream."""
         self._in.receive(len(data))
-        self._held = len(data)
         await self._can_read.wait()  # paused while the message came: it waits here
         if self._closing:
             return
@@ -278,12 +309,16 @@ class RdmaTransport(transports._FlowControlMixin):
         if self._closing or self._write_error is not None:
             self._dropped_write()
             return
-        self._out.add(chunk)
         if not self._flush_due:
             # The first write of a turn leaves at once, those that follow are gathered.
             self._flush_due = True
             self._loop.call_soon(self._flush_turn)
+            if self._out.idle and not self._in_flight and self._connection.send_now(chunk):
+                return
+            self._out.add(chunk)
             self._post_pending()
+        else:
+            self._out.add(chunk)
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:

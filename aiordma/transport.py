@@ -155,6 +155,8 @@ class Connection:
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._session: Session | None = None
         self._teardown_task: asyncio.Task[None] | None = None
+        self._consuming = False  # consume() goes on
+        self._held: asyncio.Future[Any] | None = None  # ... when this is done
         self._lingers = False  # closed in order on this side: what was sent is to arrive
         self._lingering: asyncio.Future[None] | None = None
         self._shares = Shares(self, route.adapter)
@@ -270,6 +272,7 @@ class Connection:
         arrivals = reactor.arrivals if adaptive else None
         recv_cq = self._qp.recv_cq.pointer
         self._receives = ReceiveQueue(
+            reactor=reactor,
             ring=self._ring(own),
             sends=self._sends,
             spin=None
@@ -407,6 +410,11 @@ class Connection:
         operation.credit = True
         return self._sends.submit(operation)
 
+    def send_now(self, data: Any) -> bool:
+        """Sends a small message if nothing holds it up; else does nothing, and says False: :meth:`send` waits, and
+        says what is wrong."""
+        return self._sends.send_now(data)
+
     def flush(self) -> asyncio.Future[None]:
         """Done when the peer's device has every message whose :meth:`send` was done before.
 
@@ -476,35 +484,41 @@ class Connection:
         lease = await self._large_receives.receive_lease(message)
         return MessageLease(lease.address, lease.nbytes, lease, lease.release_nowait)
 
-    async def consume(self, handle: Callable[[bytes], asyncio.Future[Any] | None]) -> None:
+    async def consume(
+        self, handle: Callable[[bytes], asyncio.Future[Any] | None], *, inline: bool = False
+    ) -> None:
         """Has ``handle(message)`` called with every message, in order, until the connection ends: then it raises
         as :meth:`recv`. For protocols built on top, which receive alone.
 
-        A small message is handled where its completion is, without a turn of the event loop and in whatever
-        context: ``handle`` only notes what has come, and raises nothing. When it returns a future, no message is
-        handled before that is done. Cancelled: no message is lost.
+        A small message is handled where its completion is, without a turn of the event loop for a reader: from a
+        callback of the loop, or with ``inline`` also inside the await of any other task (then ``handle`` only
+        notes what has come). It raises nothing. When it returns a future, no message is handled before that is done, and
+        what that raises ends this. Cancelled, or after :meth:`stop_consuming`: no message is lost.
         """
         self._check_loop()
         receives, inbox = self._receives, self._receives.messages
-        held: asyncio.Future[Any] | None = None
 
         def at_once(message: bytes) -> None:
-            nonlocal held
-            held = handle(message)
-            if held is not None:
-                receives.consumer = None
+            if (until := handle(message)) is not None:
+                self.hold(until)
 
+        receives.consumes_inline = inline
+        self._consuming = True
         try:
-            while True:
-                if held is not None:
+            while self._consuming:
+                if (held := self._held) is not None:
                     await asyncio.wait([held])
-                    held = None
+                    if self._held is held:
+                        self._held = None
+                    if not held.cancelled():
+                        held.result()
+                    continue
                 message: Taking | bytes | None = receives.take_next()
                 if message is None:
                     receives.consumer = at_once
                     item = await inbox.wait()
                     receives.consumer = None
-                    if held is not None:
+                    if self._held is not None or not self._consuming:
                         receives.put_back(item)
                         continue
                     message = receives.take(item)
@@ -512,9 +526,19 @@ class Connection:
                     if message.withdrawn:
                         continue
                     message = await self._large_receives.receive(message)
-                held = handle(message)
+                at_once(message)
         finally:
             receives.consumer = None
+
+    def hold(self, until: asyncio.Future[Any]) -> None:
+        """:meth:`consume` handles no message before ``until`` is done, and raises what it raises."""
+        self._held = until
+        self._receives.consumer = None
+
+    def stop_consuming(self) -> None:
+        """:meth:`consume` handles no message any more, and returns when it is its turn."""
+        self._consuming = False
+        self._receives.consumer = None
 
     def spin(self, future: asyncio.Future[Any]) -> None:
         """Polls for a bounded and learned time for what will make ``future`` done, as an await of :meth:`recv`

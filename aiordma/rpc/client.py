@@ -428,7 +428,7 @@ class RpcClient:
     async def _read(self) -> None:
         """The reader task: hands each frame to its call until the connection ends."""
         try:
-            await self.connection.consume(self._frame)
+            await self.connection.consume(self._frame, inline=True)
         except RdmaError as error:
             # The end of the connection; or no memory for a large reply.
             if not self.connection.is_closing():

@@ -69,7 +69,7 @@ class Serving:
     async def run(self) -> None:
         """Serves until the connection has ended, and then sees to the handlers that still run."""
         try:
-            await self.connection.consume(self._received)
+            await self.connection.consume(self._received, inline=True)
         except ConnectionClosedError:
             pass  # in order
         except ConnectionLostError as error:

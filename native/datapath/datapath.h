@@ -63,14 +63,6 @@ int ledger_learn(Ledger *ledger, uint32_t data, uint32_t control);      /* 1: mo
 int ledger_release(Ledger *ledger);                                     /* -1 and MisuseError */
 bool ledger_update_due(const Ledger *ledger);
 
-typedef struct {
-    PyObject_HEAD
-    struct objects items, waiters;
-} Inbox;
-
-/* 1: a waiter has the item now; 0: it lies in the inbox; -1 and an exception. */
-int inbox_put(Inbox *inbox, PyObject *item, bool front);
-
 typedef struct Sender Sender;
 
 typedef struct {
@@ -104,10 +96,21 @@ typedef struct {
     PyObject *ready;      /* asyncio's run queue, or NULL */
     long long inline_cap_ns, turn_spent_ns, spin_ns, last_hit_ns, inline_polls, inline_hits;
     long long waiting;    /* operations (not receives) that somebody may wait for */
+    long long handed_out; /* what somebody may have been woken by, since the start */
+    unsigned int woken;   /* receivers that have their item and have not run */
     unsigned int stays;   /* awaits of this turn that completed without one */
     char spinning, polling, adaptive, closed;
     long long completions, stale, polls, empty_polls;
 } Table;
+
+typedef struct {
+    PyObject_HEAD
+    Table *table;
+    struct objects items, waiters;
+} Inbox;
+
+/* 1: a waiter has the item now; 0: it lies in the inbox; -1 and an exception. */
+int inbox_put(Inbox *inbox, PyObject *item, bool front);
 
 int table_add(Table *table, PyObject *entry, uint64_t *wr_id); /* -1 and MemoryError */
 bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
@@ -166,7 +169,7 @@ struct Receiver {
     PyObject *consumer; /* called with each message while somebody waits for one, in its stead; or NULL */
     Py_ssize_t handed;
     long long received;
-    char closed;
+    char closed, consumes_inline;
 };
 
 typedef struct {

@@ -112,6 +112,10 @@ int inbox_put(Inbox *inbox, PyObject *item, bool front)
         int given = give(future, item);
 
         Py_DECREF(future);
+        if (given > 0) {
+            inbox->table->handed_out++;
+            inbox->table->woken++;
+        }
         if (given)
             return given;
     }
@@ -152,6 +156,33 @@ static PyObject *line_up(PyObject *self, PyObject *future)
 static PyObject *leave_line(PyObject *self, PyObject *future)
 {
     return PyBool_FromLong(objects_remove(&((Inbox *)self)->waiters, future));
+}
+
+/* A receiver that was woken runs (or was cancelled, and does not). */
+static PyObject *runs(PyObject *self, PyObject *unused)
+{
+    Table *table = ((Inbox *)self)->table;
+
+    (void)unused;
+    if (table->woken)
+        table->woken--;
+    Py_RETURN_NONE;
+}
+
+static int inbox_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"table", NULL};
+    Inbox *inbox = (Inbox *)self;
+    PyObject *table;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!", names, table_type, &table))
+        return -1;
+    if (inbox->table) {
+        PyErr_SetString(PyExc_ValueError, "an inbox is made once");
+        return -1;
+    }
+    inbox->table = (Table *)Py_NewRef(table);
+    return 0;
 }
 
 static PyObject *remove_item(PyObject *self, PyObject *item)
@@ -213,6 +244,7 @@ static int inbox_traverse(PyObject *self, visitproc visit, void *arg)
 
     if (rc || (rc = objects_visit(&((Inbox *)self)->waiters, visit, arg)))
         return rc;
+    Py_VISIT((PyObject *)((Inbox *)self)->table);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -231,6 +263,7 @@ static void inbox_dealloc(PyObject *self)
 
     PyObject_GC_UnTrack(self);
     inbox_clear(self);
+    Py_CLEAR(((Inbox *)self)->table);
     free_object(self);
     Py_DECREF((PyObject *)type);
 }
@@ -241,6 +274,7 @@ static PyMethodDef inbox_methods[] = {
     {"get", get, METH_NOARGS, "The next item, or None when there is none."},
     {"line_up", line_up, METH_O, "A future waits, last in line; an item is its result."},
     {"leave_line", leave_line, METH_O, "The future waits no more; False when it did not."},
+    {"runs", runs, METH_NOARGS, "A receiver that got an item in line runs now, or will not."},
     {"remove", remove_item, METH_O, "An item is gone; False when it is not here."},
     {"drain", drain_items, METH_NOARGS, "Takes all items, as a list."},
     {"drain_line", drain_line, METH_NOARGS, "Takes all futures out of the line, as a list."},
@@ -256,9 +290,9 @@ static PyMemberDef inbox_members[] = {
 };
 
 static PyType_Slot inbox_slots[] = {
-    {Py_tp_dealloc, inbox_dealloc}, {Py_tp_traverse, inbox_traverse}, {Py_tp_clear, inbox_clear},
+    {Py_tp_init, inbox_init},       {Py_tp_dealloc, inbox_dealloc}, {Py_tp_traverse, inbox_traverse}, {Py_tp_clear, inbox_clear},
     {Py_tp_methods, inbox_methods}, {Py_tp_members, inbox_members},   {Py_sq_length, inbox_length},
-    {Py_tp_doc, "Items in order of arrival, and a fair line of those who wait for one."},
+    {Py_tp_doc, "Inbox(table): items in order of arrival, and a fair line of those who wait for one."},
     {0, NULL},
 };
 

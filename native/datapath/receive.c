@@ -432,9 +432,11 @@ static int recycle(Receiver *receiver, Buffer *buffer)
 /* --- Receiver: what arrives -------------------------------------------------------------------------- */
 
 /* A consumer gets messages while its reader waits in line: what the reader has and has not handled, or what lies in the
- * inbox, comes before. */
+ * inbox, comes before. One that wants to be called by the event loop only gets none inside the await of a task. */
 static bool consumes(const Receiver *receiver)
 {
+    if (receiver->messages->table->spinning && !receiver->consumes_inline)
+        return false;
     return receiver->consumer && receiver->consumer != Py_None && receiver->messages->waiters.count && !receiver->messages->items.count;
 }
 
@@ -446,6 +448,7 @@ static int consume(Receiver *receiver, Buffer *buffer)
         Py_XDECREF(message);
         return -1;
     }
+    receiver->messages->table->handed_out++;
     result = PyObject_CallFunctionObjArgs(receiver->consumer, message, NULL);
     Py_DECREF(message);
     Py_XDECREF(result);
@@ -676,6 +679,7 @@ static PyMemberDef receiver_members[] = {
     {"messages", T_OBJECT, offsetof(Receiver, messages), READONLY, "The inbox."},
     {"consumer", T_OBJECT, offsetof(Receiver, consumer), 0,
      "Called with each message that comes while somebody waits in line, in whose stead it takes it; or None."},
+    {"consumes_inline", T_BOOL, offsetof(Receiver, consumes_inline), 0, "Inside the await of any task, too."},
     {"received", T_LONGLONG, offsetof(Receiver, received), 0, "Messages that have arrived."},
     {"handed", T_PYSSIZET, offsetof(Receiver, handed), READONLY, "Buffers that somebody was woken for."},
     {"closed", T_BOOL, offsetof(Receiver, closed), 0, "Nothing more is taken in."},

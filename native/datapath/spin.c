@@ -4,7 +4,8 @@
  * The first poll costs less than the turn it may save, so it is made in every mode. How long it goes on is up to a
  * Governor (adaptive), to the cap (busy), or not at all (event). Others are not starved: all spins of a turn share a
  * budget, only so many awaits in a row complete without a turn, and an await that finds the loop with other work
- * goes through the loop (known for asyncio's loop only; uvloop hides its queue). */
+ * goes through the loop. Of asyncio's loop that is known, uvloop hides its queue; so a spin ends as well when it has
+ * found something for somebody else, and none begins while receivers of ours have been woken and have not run. */
 #include "datapath.h"
 
 #include <time.h>
@@ -144,11 +145,13 @@ PyType_Spec governor_spec = {
 
 /* --- spinning ---------------------------------------------------------------------------------------- */
 
-/* True when the loop has other callbacks to run than our own. */
+/* True when the loop has other callbacks to run than our own, as far as can be seen. */
 static bool others_ready(const Table *table)
 {
     Py_ssize_t ready;
 
+    if (table->woken)
+        return true;
     if (!table->ready)
         return false;
     ready = PyObject_Size(table->ready);
@@ -166,14 +169,14 @@ static int may_stay(Table *table)
 static void spin_on(Table *table, const struct spin *spin)
 {
     Governor *governor = spin->governor;
-    long long budget = table->inline_cap_ns, start, now;
+    long long budget = table->inline_cap_ns, handed_out = table->handed_out, start, now;
 
     if (governor) /* with several operations under way, the loop resolves them in batches: cheaper than one by one */
         budget = table->waiting <= 1 ? governor_inline_ns(governor) : 0;
     if (!budget || table->turn_spent_ns >= TURN_BUDGET_NS)
         return;
     start = now = now_ns();
-    while (!spin->done(spin->what) && now - start < budget && !table->closed) {
+    while (!spin->done(spin->what) && now - start < budget && !table->closed && table->handed_out == handed_out) {
         if (table_poll(table, spin->cq, (uint64_t)(budget - (now - start))) < 0)
             break;
         now = now_ns();

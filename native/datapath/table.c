@@ -139,11 +139,12 @@ static void flush_all(Table *table)
     }
 }
 
-static int call_completed(PyObject *entry, const struct glue_wc *wc)
+static int call_completed(Table *table, PyObject *entry, const struct glue_wc *wc)
 {
     PyObject *result = PyObject_CallMethod(entry, "completed", "IIIIII", wc->status, wc->opcode, wc->byte_len,
                                            wc->imm, wc->vendor_err, wc->qp_num);
 
+    table->handed_out++;
     Py_XDECREF(result);
     return result ? 0 : -1;
 }
@@ -165,7 +166,7 @@ static void dispatch(Table *table, const struct glue_wc *wc)
     else if (Py_TYPE(entry) == group_type)
         rc = group_completed((Group *)entry, wc);
     else
-        rc = call_completed(entry, wc);
+        rc = call_completed(table, entry, wc);
     Py_DECREF(entry);
     if (rc)
         table_unraisable(table);

@@ -64,6 +64,7 @@ static int tell(Write *write)
             if (!result)
                 return -1;
             Py_DECREF(result);
+            write->sender->table->handed_out++;
         }
     }
     return schedule_callbacks(write);
