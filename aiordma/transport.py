@@ -492,8 +492,8 @@ class Connection:
 
         A small message is handled where its completion is, without a turn of the event loop for a reader: from a
         callback of the loop, or with ``inline`` also inside the await of any other task (then ``handle`` only
-        notes what has come). It raises nothing. When it returns a future, no message is handled before that is done, and
-        what that raises ends this. Cancelled, or after :meth:`stop_consuming`: no message is lost.
+        notes what has come). It raises nothing. When it returns a future, no message is handled before that is
+        done, and what that raises ends this. Cancelled, or after :meth:`stop_consuming`: no message is lost.
         """
         self._check_loop()
         receives, inbox = self._receives, self._receives.messages

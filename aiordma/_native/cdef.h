@@ -326,7 +326,6 @@ int glue_post_bind_mw(struct ibv_qp *qp, uint64_t wr_id, struct ibv_mw *mw, uint
 int glue_post_local_inv(struct ibv_qp *qp, uint64_t wr_id, uint32_t rkey);
 int glue_post_recv(struct ibv_qp *qp, uint64_t wr_id, uint64_t addr, uint32_t length, uint32_t lkey);
 int glue_post_recv_many(struct ibv_qp *qp, const struct glue_recv_wr *wrs, int num, int *posted);
-int glue_post_srq_recv(struct ibv_srq *srq, uint64_t wr_id, uint64_t addr, uint32_t length, uint32_t lkey);
 int glue_post_srq_recv_many(struct ibv_srq *srq, const struct glue_recv_wr *wrs, int num, int *posted);
 int glue_poll(struct ibv_cq *cq, struct glue_wc *out, int max);
 int glue_poll_spin(struct ibv_cq *cq, struct glue_wc *out, int max, uint64_t budget_ns);

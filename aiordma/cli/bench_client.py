@@ -183,8 +183,15 @@ async def calls(connection: Connection, job: Job) -> AsyncIterator[Call]:
             yield call
     else:
         region = (await connection.remote(REGION))[: WORD if name in ATOMICS else job.size]
+        if name == "write":
+            source = bytearray(data)
+            # Registered once, as perftest does it; small data passes through other memory anyway.
+            with (
+                connection.register(source) if job.size > connection.eager_size else contextlib.nullcontext()
+            ):
+                yield lambda: connection.write(source, region)
+            return
         one_sided: dict[str, Call] = {
-            "write": lambda: connection.write(data, region),
             "read": lambda: connection.read(region),
             "fetch-add": lambda: connection.fetch_add(region, 1),
             "compare-swap": lambda: connection.compare_swap(region, 0, 0),

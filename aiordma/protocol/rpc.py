@@ -308,6 +308,17 @@ def decode(data: Payload) -> Frame:
     return EndFrame(call_id) if kind == FrameKind.END else CancelFrame(call_id)
 
 
+def plain_reply(data: bytes) -> tuple[int, bytes] | None:
+    """Call and reply of the most frequent frame, a status OK that has nothing else; None for all others, which
+    :func:`decode` takes apart."""
+    if len(data) < STATUS_HEADER.size:
+        return None
+    kind, code, length, call_id, metadata_length = STATUS_HEADER.unpack_from(data)
+    if kind != _STATUS or code or length or metadata_length:
+        return None
+    return call_id, data[STATUS_HEADER.size :]
+
+
 def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> CallFrame:
     if variant >= len(_CALL_KINDS):
         raise ProtocolError(f"RPC call of unknown kind {variant}")

@@ -167,6 +167,15 @@ class CallerCalls(Generic[T]):
         self.abandoned += 1
         return True
 
+    def replied(self, call_id: int) -> CallerCall[T] | None:
+        """A :func:`~aiordma.protocol.rpc.plain_reply` has come: its call, ended by it. None when that is not a
+        unary call that somebody waits for: then :meth:`received` is to judge."""
+        call = self._calls.get(call_id)
+        if call is None or call.kind or call.state is not CallerState.OPEN:
+            return None
+        del self._calls[call_id]
+        return call
+
     def received(self, frame: Frame) -> CallerCall[T] | None:
         """Takes a frame of the server: returns its call, or None when it is to be dropped.
 

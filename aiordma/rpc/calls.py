@@ -104,8 +104,11 @@ class UnaryCall(asyncio.Future[T]):
         if frame.code:  # not OK
             self._fail(status_error(frame.code, frame.details, self.method, frame.metadata))
             return
+        self._reply(frame.payload)
+
+    def _reply(self, payload: Payload) -> None:
         try:
-            reply = self._codec.decode(frame.payload)
+            reply = self._codec.decode(payload)
         except InvalidMessage as error:
             invalid = InvalidReplyError(str(error), method=self.method)
             invalid.__cause__ = error

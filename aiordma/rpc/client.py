@@ -26,6 +26,7 @@ from ..protocol.rpc import (
     check_timeout,
     decode,
     encode_metadata,
+    plain_reply,
 )
 from ..protocol.rpc_calls import CallerCall, CallerCalls
 from ..transport import Connection
@@ -38,7 +39,7 @@ from .calls import (
     StreamCall,
     UnaryCall,
 )
-from .codec import InvalidMessage, codec_for, encode_request
+from .codec import COPY_LIMIT, InvalidMessage, codec_for, encode_request
 from .errors import RpcConnectionError, RpcError, RpcTimeoutError
 from .interceptors import CallDetails, ClientInterceptor, ProceedStream, ProceedUnary
 from .pacing import Sent, send_frame, slices
@@ -85,6 +86,7 @@ class RpcClient:
     ) -> None:
         self.connection = connection
         self.max_message_size = max_message_size
+        self._plain = min(COPY_LIMIT, max_message_size)  # replies up to this are copied, and allowed
         self._interceptors = tuple(interceptors)
         self._loop = asyncio.get_running_loop()
         self._calls: CallerCalls[_Owner] = CallerCalls()
@@ -438,6 +440,12 @@ class RpcClient:
     def _frame(self, message: bytes) -> None:
         if self._breach is not None:
             return
+        if len(message) <= self._plain and (reply := plain_reply(message)) is not None:
+            call = self._calls.replied(reply[0])
+            if call is not None:
+                assert isinstance(call.owner, UnaryCall)
+                call.owner._reply(reply[1])
+                return
         try:
             self._received(message)
         except ProtocolError as error:

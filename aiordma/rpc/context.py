@@ -204,7 +204,9 @@ class ServerContext:
         del payload
         reply = await handler(request, self)
         if not kind & 2:
-            return self._encode(reply)
+            encoded = self._encode(reply)
+            self._serving.answer(self, encoded)  # a turn of the loop before the task has ended
+            return encoded
         if reply is not None:
             raise InvalidReplyError(f"a stream's handler returned {type(reply).__name__}, not None")
         return b""

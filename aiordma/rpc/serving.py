@@ -1,7 +1,8 @@
 """The calls of one connection, at the server.
 
 One loop receives; each call runs in a task of its own. A call is answered exactly once, and at once: when its
-handler has ended, from the task's done callback, or before that when it is cancelled or its deadline has passed.
+handler has a result, or has ended without one (from the task's done callback), or before that when it is cancelled
+or its deadline has passed.
 The task is cancelled then, but what a handler makes of that harms nobody's answer; it keeps its place in the
 limits until it has really ended.
 
@@ -242,6 +243,11 @@ class Serving:
         else:
             self.server.admission.withdraw(self.lane, context)
             self._leave_when_answered(context)
+
+    def answer(self, context: ServerContext, payload: Payload) -> None:
+        """The handler has a result: it is the answer, unless the call was answered before."""
+        if context._ended is None:
+            self._answer(context, None, payload)
 
     def _answer(self, context: ServerContext, error: RpcError | None, payload: Payload) -> None:
         call = context._call

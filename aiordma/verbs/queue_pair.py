@@ -93,12 +93,6 @@ class SharedReceiveQueue(Owner):
         self.check_open()
         _post_recv(lib.glue_post_srq_recv_many, self._handle, requests, "ibv_post_srq_recv")
 
-    def post_recv_one(self, wr_id: int, address: int, length: int, lkey: int) -> None:
-        """Posts one receive from scalars (the hot path). Raises :class:`DeviceError`."""
-        rc = lib.glue_post_srq_recv(self._handle, wr_id, address, length, lkey)
-        if rc:
-            check(rc, "ibv_post_srq_recv")
-
     def _destroy(self) -> None:
         check(lib.glue_destroy_srq(self.pd.context.provider.table, self._handle), "ibv_destroy_srq")
 

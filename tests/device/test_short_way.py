@@ -92,6 +92,47 @@ async def test_more_messages_than_go_without_a_slot(pair: MakePair) -> None:
     await asyncio.gather(*sends)
 
 
+async def test_consume_has_every_message_in_order_and_can_be_held(pair: MakePair) -> None:
+    both = await pair()
+    sizes = [0, 5, small(both.client) + 1, both.client.eager_size + 1, 7, 100_000, 3] * 5
+    messages = [bytes([i % 251]) * size for i, size in enumerate(sizes)]
+    got: list[bytes] = []
+    everything = asyncio.Event()
+    gate = asyncio.get_running_loop().create_future()
+
+    def handle(message: bytes) -> asyncio.Future[Any] | None:
+        got.append(message)
+        if len(got) == len(messages):
+            everything.set()
+        return gate if len(got) == 10 else None
+
+    consumer = asyncio.ensure_future(both.server.consume(handle))
+    sends = [both.client.send(message) for message in messages]
+    while len(got) < 10:
+        await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(got) == 10
+    gate.set_result(None)
+    await everything.wait()
+    await asyncio.gather(*sends)
+    assert got == messages
+    both.server.stop_consuming()
+    consumer.cancel()
+    await asyncio.wait([consumer])
+    await both.client.send(b"for recv")
+    assert await both.server.recv() == b"for recv"
+
+
+async def test_what_handle_waits_for_may_fail(pair: MakePair) -> None:
+    both = await pair()
+    failing = asyncio.get_running_loop().create_future()
+    failing.set_exception(KeyError("from handle"))
+    await both.client.send(b"x")
+    with pytest.raises(KeyError):
+        await both.server.consume(lambda message: failing)
+
+
 # --- what has arrived ---------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from aiordma.protocol.rpc import (
     decode_metadata,
     encode,
     encode_metadata,
+    plain_reply,
     status_head,
 )
 
@@ -59,6 +60,15 @@ def test_roundtrip(frame: Frame) -> None:
     data = encode(frame)
     assert decode(data) == frame
     assert decode(memoryview(data)) == frame
+
+
+@given(FRAMES)
+def test_a_plain_reply_is_a_status_with_nothing_else(frame: Frame) -> None:
+    reply = plain_reply(encode(frame))
+    if isinstance(frame, StatusFrame) and not (frame.code or frame.details or frame.metadata):
+        assert reply == (frame.call_id, frame.payload)
+    else:
+        assert reply is None
 
 
 @given(st.binary(max_size=64))
