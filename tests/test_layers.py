@@ -34,9 +34,12 @@ LAYERS = (
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
+#: Of the compiled modules, all but _ledger: those that know of verbs, memory or event loops.
+NOT_ARITHMETIC = ("ffi", "lib", "_verbs", "_memory", "_datapath")
+
 #: Beyond the order: what a layer must not know of at all.
 FORBIDDEN = {
-    "protocol": {"asyncio", "aiordma.verbs", "aiordma._native"},
+    "protocol": {"asyncio", "aiordma.verbs", *(f"aiordma._native.{part}" for part in NOT_ARITHMETIC)},
     "verbs": {"asyncio"},
 }
 

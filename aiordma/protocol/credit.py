@@ -46,7 +46,7 @@ Counters are plain integers here and modulo 2**32 on the wire.
 
 from __future__ import annotations
 
-from .._native._datapath import Ledger
+from .._native._ledger import Ledger
 from ..errors import MisuseError, ProtocolError
 
 #: Receives reserved for credit frames.

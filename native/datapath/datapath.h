@@ -4,7 +4,7 @@
  * is that one way, and nothing else: whatever is rare (large messages, control frames, errors, the end) is called
  * back into the Python classes that derive from these types, and there is no second copy of the logic on either side.
  *
- * ledger.c   Ledger    the counters of protocol/credit.py that move with each frame
+ * ledger.c   Ledger    the counters of protocol/credit.py that move with each frame (the type is in ledger_type.c)
  * inbox.c    Inbox     items in order of arrival, and who waits for them
  * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
@@ -30,6 +30,7 @@
 #include <stdint.h>
 
 #include "glue.h"
+#include "ledger.h"
 
 /* A frame's header (protocol/frames.py), and the kind that is a user's message. */
 #define HEADER_SIZE 16
@@ -47,21 +48,6 @@ PyObject *objects_pop(struct objects *queue);                 /* the oldest, wit
 bool objects_remove(struct objects *queue, PyObject *object); /* the first that is this very object; false: none */
 int objects_visit(struct objects *queue, visitproc visit, void *arg);
 void objects_clear(struct objects *queue);
-
-typedef struct {
-    PyObject_HEAD
-    long long window, asked, control, peer_control, peer_window_max;
-    long long data_limit, data_sent, control_limit, control_sent;
-    long long data_received, data_released, control_received, data_told, control_told;
-    long long mark; /* `used` of a Receiver is called when so many were released */
-} Ledger;
-
-int ledger_send_data(Ledger *ledger);                                   /* -1 and MisuseError */
-void ledger_stamp(Ledger *ledger, uint32_t *data, uint32_t *control);
-int ledger_receive_data(Ledger *ledger);                                /* -1 and ProtocolError */
-int ledger_learn(Ledger *ledger, uint32_t data, uint32_t control);      /* 1: more for data; -1 and ProtocolError */
-int ledger_release(Ledger *ledger);                                     /* -1 and MisuseError */
-bool ledger_update_due(const Ledger *ledger);
 
 typedef struct Sender Sender;
 
@@ -276,7 +262,7 @@ bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
     *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type;
-extern PyObject *protocol_error, *misuse_error, *cancelled_error, *invalid_state_error;
+extern PyObject *cancelled_error, *invalid_state_error;
 extern PyObject *copy_context;   /* contextvars.copy_context */
 extern PyObject *ready_iterator; /* the one Ready */
 extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
@@ -285,7 +271,7 @@ int call_none(PyObject *object, PyObject *name); /* object.name(), its result dr
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
     *name_idle;
 
-extern PyType_Spec ledger_spec, inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
+extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
     governor_spec, grant_spec, region_spec, write_spec, ready_spec;
 
 #endif

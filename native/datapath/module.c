@@ -33,7 +33,7 @@ static const struct {
     PyType_Spec *spec;
     PyTypeObject **type;
 } types[] = {
-    {"Ledger", &ledger_spec, &ledger_type},       {"Inbox", &inbox_spec, &inbox_type},
+    {"Inbox", &inbox_spec, &inbox_type},
     {"Table", &table_spec, &table_type},          {"Ring", &ring_spec, &ring_type},
     {"Buffer", &buffer_spec, &buffer_type},       {"Receiver", &receiver_spec, &receiver_type},
     {"Group", &group_spec, &group_type},          {"Sender", &sender_spec, &sender_type},
@@ -59,6 +59,7 @@ static const struct {
     const char *module, *name;
     PyObject **object;
 } imports[] = {
+    {"aiordma._native._ledger", "Ledger", (PyObject **)&ledger_type},
     {"aiordma.errors", "ProtocolError", &protocol_error},
     {"aiordma.errors", "MisuseError", &misuse_error},
     {"aiordma.errors", "call_failed", &device_error},
@@ -84,7 +85,7 @@ static int import_others(void)
 
 static int module_exec(PyObject *module)
 {
-    if (ledger_type) {
+    if (table_type) {
         PyErr_SetString(PyExc_ImportError, "_datapath cannot be loaded twice in one process");
         return -1;
     }

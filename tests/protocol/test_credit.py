@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aiordma._native._datapath import Ledger
+from aiordma._native._ledger import Ledger
 from aiordma.errors import MisuseError, ProtocolError
 from aiordma.protocol.credit import CONTROL_WINDOW, CreditLedger
 
