@@ -54,6 +54,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+def heed_interrupts() -> None:
+    """A test run in the background of a shell ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @asynccontextmanager
 async def program(*line: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """The command as a process of its own."""
@@ -63,6 +68,7 @@ async def program(*line: str) -> AsyncIterator[asyncio.subprocess.Process]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(PACKAGE), "PYTHONUNBUFFERED": "1"},
+        preexec_fn=heed_interrupts,
     )
     try:
         yield process
