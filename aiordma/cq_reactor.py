@@ -173,6 +173,9 @@ class CqReactor(Table):
         self.waiting -= 1
 
     def _report(self, error: BaseException) -> None:
+        if isinstance(error, SystemExit | KeyboardInterrupt):  # of a callback of the user's: for the loop
+            self._loop.call_soon(_raise, error)
+            return
         self._loop.call_exception_handler(
             {"message": "completion handler failed (please report this)", "exception": error}
         )
@@ -398,3 +401,7 @@ class CqReactor(Table):
         for queue in self._queues:
             queue.close()
         self._channel.close()
+
+
+def _raise(error: BaseException) -> None:
+    raise error

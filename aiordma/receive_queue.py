@@ -350,6 +350,8 @@ class ReceiveQueue(SharedUser):
 
     def put_back(self, item: Buffer | bytes | Taking, /) -> None:
         """What was taken is next again, unless nothing can be read any more, or the peer has withdrawn it."""
+        if not isinstance(item, Buffer | bytes | Taking):
+            return  # no message: whoever it was for is gone
         if self.closed:
             if isinstance(item, Taking):
                 return

@@ -590,9 +590,10 @@ class SendQueue(Sender):
                 self._take_back(slot)
         self._broken(error)
 
-    def message_refused(self, rc: int) -> None:
-        """The device did not take messages that went the short way."""
+    def message_refused(self, rc: int) -> DeviceError:
+        """The device did not take messages or writes that went the short way; returns what to say of them."""
         self._refuse(set(), rc)
+        return call_failed(rc, "ibv_post_send")
 
     def message_failed(self, status: int, vendor_err: int) -> None:
         """One of them failed."""
@@ -765,10 +766,9 @@ class SendQueue(Sender):
         rc = self._qp.post_send(marker.wr_id, WRITE, _SIGNALED, 0, 0, 0)
         if rc:
             self._reactor.remove(marker.wr_id, marker)
-            for future in self._to_confirm:
-                future.cancel()
-            self._to_confirm.clear()
             self._broken(call_failed(rc, "ibv_post_send"))
+            if self.closed:
+                self._not_to_be_known(self._to_confirm)
             return
         self._marker = marker
         self._confirming, self._to_confirm = self._to_confirm, []
@@ -777,17 +777,26 @@ class SendQueue(Sender):
     def _marker_ended(self, handed: int, status: int, vendor_err: int) -> None:
         self._marker = None
         self.posted -= 1
-        futures, self._confirming = self._confirming, []
         if status:
-            self._failed(status, vendor_err, "flush", None)
+            self._failed(status, vendor_err, "flush", None)  # which fails those who wait, now or soon
+            if self.closed:
+                self._not_to_be_known(self._confirming)
         else:
             self._confirmed = handed
-        for future in futures:
-            if not future.done():
-                future.cancel() if status else future.set_result(None)
-        self._post_marker()
+            futures, self._confirming = self._confirming, []
+            for future in futures:
+                if not future.done():
+                    future.set_result(None)
+            self._post_marker()
         if self.posted == 0 and self.on_idle is not None:
             self.on_idle()
+
+    @staticmethod
+    def _not_to_be_known(futures: list[asyncio.Future[None]]) -> None:
+        """Asked for after the end, which nothing else fails."""
+        for future in futures:
+            future.cancel()
+        futures.clear()
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -801,6 +810,7 @@ class SendQueue(Sender):
             if not future.done():
                 future.set_exception(make_error("flush"))
         self._to_confirm.clear()
+        self._confirming.clear()
         queued = [*self._credit_queue, *self._slot_queue]
         self._credit_queue.clear()
         self._slot_queue.clear()

@@ -85,6 +85,10 @@ _get_running_loop = asyncio._get_running_loop
 State = Literal["preparing", "open", "closing", "closed"]
 
 
+#: In the inbox, for :meth:`Connection.consume` only: look what holds you.
+_LOOK: Any = object()
+
+
 class Session(Announcer, Withdrawer, Protocol):
     """The bootstrap's TCP connection, as the Connection sees it: liveness, sharing, withdrawing and closing."""
 
@@ -518,6 +522,8 @@ class Connection:
                     receives.consumer = at_once
                     item = await inbox.wait()
                     receives.consumer = None
+                    if item is _LOOK:
+                        continue
                     if self._held is not None or not self._consuming:
                         receives.put_back(item)
                         continue
@@ -534,6 +540,8 @@ class Connection:
         """:meth:`consume` handles no message before ``until`` is done, and raises what it raises."""
         self._held = until
         self._receives.consumer = None
+        if self._consuming and self._receives.messages.waiting:
+            self._receives.messages.put(_LOOK)  # whoever waits for messages waits for that now
 
     def stop_consuming(self) -> None:
         """:meth:`consume` handles no message any more, and returns when it is its turn."""
@@ -911,6 +919,7 @@ class Connection:
         if self._state == "preparing":
             return  # the bootstrap sees the error and calls abort()
         self._state = "closing"
+        self._sends.open = False
         if self._adapter.reactor.dispatching:
             # The completions polled together with the one that ended us may hold messages: they come first.
             self._loop.call_soon(self._shut, keep)
@@ -960,6 +969,7 @@ class Connection:
             self._lingers = True
             self._end(self._lost(ConnectionClosedError, "closed on this side"), keep=False)
         else:
+            self._receives.stop(keep=False)
             self._receives.messages.drain()
 
     async def wait_closed(self) -> None:
@@ -1201,14 +1211,14 @@ class Batch:
                 operation.cancel()
             raise connection.lost_error("batch")
         posted = connection._sends.post_prepared(operations, 0)
+        rest: list[Operation] = []
         try:
-            if posted < len(operations):
-                rest = [self._slow(operation) for operation in operations[posted:] if not operation.done()]
-                connection._sends.submit_many(rest)
+            rest += [self._slow(operation) for operation in operations[posted:] if not operation.done()]
+            connection._sends.submit_many(rest)
             await _all_ended(operations)
         except BaseException:
-            for operation in operations:
-                operation.cancel()
+            for each in (*operations, *rest):
+                each.cancel()
             raise
 
     def _slow(self, operation: Operation | Write) -> Operation:

@@ -193,12 +193,12 @@ typedef struct Write {
     PyObject *future;    /* made when somebody has to wait */
     PyObject *callbacks; /* list of (callback, context), or NULL */
     PyObject *error;
+    PyObject *message; /* of cancel(), or NULL */
     PyObject *weakrefs;
     struct Write *next; /* posted after this one; a reference of the list */
     uint64_t wr_id;
     long long started_ns;
     enum write_state state;
-    char seen; /* the error was retrieved */
     char in_table;
 } Write;
 
@@ -254,7 +254,8 @@ int write_completed(Write *write, const struct glue_wc *wc);
 /* write.c */
 Write *write_new(Sender *sender);
 void writes_forget(Sender *sender);                    /* the queue pair is gone */
-void writes_drop(Sender *sender, unsigned int count); /* the last ones were not posted */
+void writes_drop(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
+void write_refused(Write *write, PyObject *error);
 int writes_fail(Sender *sender, PyObject *make_error); /* -1 and an exception */
 int write_posting(Write *write, struct ibv_send_wr *wr); /* enters the table; -1 and an exception */
 bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /* region.c */

@@ -203,8 +203,10 @@ static int ring_clear(PyObject *self)
     Ring *ring = (Ring *)self;
 
     ring->last = NULL;
-    Py_CLEAR(ring->users);
-    Py_CLEAR(ring->buffers);
+    if (ring->users)
+        PyDict_Clear(ring->users);
+    if (ring->buffers)
+        PyList_SetSlice(ring->buffers, 0, PyList_Size(ring->buffers), NULL);
     return 0;
 }
 
@@ -215,6 +217,8 @@ static void ring_dealloc(PyObject *self)
 
     PyObject_GC_UnTrack(self);
     ring_clear(self);
+    Py_CLEAR(((Ring *)self)->users);
+    Py_CLEAR(((Ring *)self)->buffers);
     Py_CLEAR(((Ring *)self)->table);
     free_object(self);
     Py_DECREF((PyObject *)type);
@@ -455,16 +459,36 @@ static int consume(Receiver *receiver, Buffer *buffer)
     return result ? 0 : -1;
 }
 
+/* A message that breaks the protocol: its buffer is free, and the connection ends. */
+static int refuse_message(Receiver *receiver, Buffer *buffer)
+{
+    PyObject *type, *value, *traceback, *result;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    result = PyObject_CallMethod((PyObject *)receiver, "left", "O", (PyObject *)buffer);
+    if (!result)
+        table_unraisable(receiver->messages->table);
+    Py_XDECREF(result);
+    PyErr_Restore(type, value, traceback);
+    return refuse(receiver);
+}
+
 static int message_arrived(Receiver *receiver, Buffer *buffer, const struct header *header)
 {
     Ledger *ledger = receiver->ledger;
     int more;
 
     if (ledger_receive_data(ledger) || (more = ledger_learn(ledger, ntohl(header->data), ntohl(header->control))) < 0)
-        return refuse(receiver);
+        return refuse_message(receiver, buffer);
     receiver->received++;
-    if (consumes(receiver) ? consume(receiver, buffer) : hand_over(receiver, buffer, false))
-        return -1;
+    if (!consumes(receiver)) {
+        if (hand_over(receiver, buffer, false))
+            return -1;
+    } else if (consume(receiver, buffer)) {
+        table_unraisable(receiver->messages->table); /* the frame's credits count all the same */
+    }
+    if (receiver->closed)
+        return 0;
     if (more && sender_pump(receiver->sender))
         return -1;
     return ledger_update_due(ledger) ? sender_control(receiver->sender) : 0;
@@ -521,7 +545,7 @@ static PyObject *take_next(PyObject *self, PyObject *unused)
     PyObject *item, *message;
 
     (void)unused;
-    if (!table_here(receiver->sender->table) || !(item = objects_pop(&receiver->messages->items)))
+    if (!receiver->sender || !table_here(receiver->sender->table) || !(item = objects_pop(&receiver->messages->items)))
         Py_RETURN_NONE;
     message = take(self, item);
     Py_DECREF(item);

@@ -11,6 +11,7 @@
 #include "datapath.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <string.h>
 
 /* --- Group ------------------------------------------------------------------------------------------- */
@@ -139,13 +140,32 @@ static void leave_dirty(Sender *sender)
  * completion. */
 static int refused(Sender *sender, int rc, unsigned int writes)
 {
-    PyObject *result;
+    PyObject *error;
 
     sender->open = 0;
-    result = PyObject_CallMethod((PyObject *)sender, "message_refused", "i", rc);
-    writes_drop(sender, writes);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
+    error = PyObject_CallMethod((PyObject *)sender, "message_refused", "i", rc);
+    if (!error)
+        return -1;
+    writes_drop(sender, writes, error);
+    Py_DECREF(error);
+    return 0;
+}
+
+/* There was no memory to post the requests from `first` on; of those before, `made` writes are in the list. */
+static int gave_up(Sender *sender, unsigned int first, unsigned int count, unsigned int made)
+{
+    PyErr_Clear();
+    for (unsigned int i = first; i < count; i++) {
+        Write *write = sender->frame[i].write;
+
+        sender->frame[i].write = NULL;
+        if (!write)
+            continue;
+        sender->writes--;
+        write_refused(write, PyExc_MemoryError);
+        Py_DECREF((PyObject *)write);
+    }
+    return refused(sender, ENOMEM, made);
 }
 
 int sender_flush(Sender *sender)
@@ -169,7 +189,8 @@ int sender_flush(Sender *sender)
             write->started_ns = now = now ? now : now_ns();
         }
         if (make_request(sender, i, &wrs[i], &sges[i]))
-            return -1;
+            return gave_up(sender, i, count, missed);
+        missed += write != NULL;
         wrs[i].next = i + 1 < count ? &wrs[i + 1] : NULL;
     }
     if (last_write)
@@ -179,7 +200,7 @@ int sender_flush(Sender *sender)
         sender->sent += count;
         return 0;
     }
-    for (; bad; bad = bad->next)
+    for (missed = 0; bad; bad = bad->next)
         missed += bad->opcode == IBV_WR_RDMA_WRITE;
     return refused(sender, rc, missed);
 }
@@ -198,19 +219,17 @@ static int join_dirty(Sender *sender)
 
 /* --- gathering --------------------------------------------------------------------------------------- */
 
-/* What was put at the place for the next one goes out: at once if it is the first of this turn of the loop, else
- * with others. */
-static int gathered(Sender *sender, uint32_t length)
+/* What has been gathered goes out: at once if it is the first of this turn of the loop, else with others. */
+static int go_out(Sender *sender)
 {
     bool first = sender->turn != sender->table->turn;
 
-    sender->frame[sender->queued++].length = length;
     if (!first && sender->queued < FRAMES)
         return join_dirty(sender);
-    if (first) {
-        if (table_mark_turn(sender->table))
-            return -1;
-        sender->turn = sender->table->turn;
+    sender->turn = sender->table->turn;
+    if (first && table_mark_turn(sender->table)) {
+        sender->turn = 0; /* the loop is closed: nobody would say that the turn is over */
+        PyErr_Clear();
     }
     return sender_flush(sender);
 }
@@ -240,7 +259,8 @@ static int send_message(Sender *sender, const void *data, uint32_t nbytes)
     memcpy(frame + 4, &length, 4);
     memcpy(frame + 8, credits, 8);
     memcpy(frame + HEADER_SIZE, data, nbytes);
-    return gathered(sender, HEADER_SIZE + nbytes);
+    sender->frame[sender->queued++].length = HEADER_SIZE + nbytes;
+    return go_out(sender);
 }
 
 /* True: the message is on its way. False: it needs SendQueue.submit(), which also says what is wrong with it. */
@@ -274,53 +294,56 @@ static bool may_write(const Sender *sender, PyObject *region)
            PyObject_Size(sender->slot_queue) == 0 && table_here(sender->table);
 }
 
-/* Copies the data of a write to its place. 1: it is there; 0: it needs SendQueue.submit(). */
-static int stage(Sender *sender, PyObject *data, const Region *region, uint32_t *length)
+/* Whether a write of this object goes this way; its buffer, which the caller releases. */
+static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_buffer *view)
 {
-    Py_buffer view;
-    int fits;
-
-    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
+    if (PyObject_GetBuffer(data, view, PyBUF_SIMPLE)) {
         PyErr_Clear();
-        return 0;
+        return false;
     }
-    fits = (size_t)view.len <= sender->stride && region_allows(region, sender, (size_t)view.len);
-    if (fits)
-        memcpy(sender->frames + sender->queued * sender->stride, view.buf, (size_t)view.len);
-    *length = (uint32_t)view.len;
-    PyBuffer_Release(&view);
-    return fits;
+    if ((size_t)view->len <= sender->stride && region_allows(region, sender, (size_t)view->len))
+        return true;
+    PyBuffer_Release(view);
+    return false;
 }
 
-static void aim(Sender *sender, Write *write, const Region *region)
+/* Gathers a write. Runs no code of others between the copy and its place in the queue. */
+static void put_write(Sender *sender, Write *write, const Region *region, const Py_buffer *view)
 {
     struct frame *frame = &sender->frame[sender->queued];
 
+    memcpy(sender->frames + sender->queued * sender->stride, view->buf, (size_t)view->len);
+    frame->length = (uint32_t)view->len;
     frame->remote = region->grant->address + region->offset;
     frame->rkey = region->grant->rkey;
     frame->write = (Write *)Py_NewRef((PyObject *)write);
     sender->writes++;
+    sender->queued++;
 }
 
 static PyObject *write_now(PyObject *self, PyObject *args)
 {
     Sender *sender = (Sender *)self;
     PyObject *data, *region;
+    Py_buffer view;
     Write *write;
-    uint32_t length;
+    int rc = 0;
 
     if (!PyArg_ParseTuple(args, "OO", &data, &region))
         return NULL;
-    if (!may_write(sender, region) || !stage(sender, data, (Region *)region, &length))
+    if (!may_write(sender, region) || !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     write = write_new(sender);
-    if (!write)
-        return NULL;
-    aim(sender, write, (Region *)region);
-    if (gathered(sender, length)) {
+    if (write && may_write(sender, region)) { /* making it may have collected garbage, and so run anything */
+        put_write(sender, write, (Region *)region, &view);
+        rc = go_out(sender);
+    } else if (write) {
         Py_DECREF((PyObject *)write);
-        return NULL;
+        write = (Write *)Py_NewRef(Py_None);
     }
+    PyBuffer_Release(&view);
+    if (rc)
+        Py_CLEAR(write);
     return (PyObject *)write;
 }
 
@@ -329,16 +352,15 @@ static PyObject *prepare_write(PyObject *self, PyObject *args)
 {
     Sender *sender = (Sender *)self;
     PyObject *data, *region;
+    Py_buffer view;
     Write *write;
-    uint32_t length;
 
     if (!PyArg_ParseTuple(args, "OO", &data, &region))
         return NULL;
-    if (sender->queued && sender_flush(sender))
-        return NULL;
     if (!sender->open || !table_here(sender->table) || !PyObject_TypeCheck(region, region_type) ||
-        !stage(sender, data, (Region *)region, &length))
+        !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
+    PyBuffer_Release(&view);
     write = write_new(sender);
     if (!write)
         return NULL;
@@ -353,7 +375,7 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
     Sender *sender = (Sender *)self;
     PyObject *list;
     Py_ssize_t at;
-    uint32_t length;
+    Py_buffer view;
 
     if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &at))
         return NULL;
@@ -365,10 +387,10 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
             break;
         if (write->state != WRITE_NEW) /* cancelled in the meantime */
             continue;
-        if (!may_write(sender, (PyObject *)write->region) || !stage(sender, write->data, write->region, &length))
+        if (!may_write(sender, (PyObject *)write->region) || !fits(sender, write->data, write->region, &view))
             break;
-        aim(sender, write, write->region);
-        sender->frame[sender->queued++].length = length;
+        put_write(sender, write, write->region, &view);
+        PyBuffer_Release(&view);
         if (sender->queued == FRAMES && sender_flush(sender))
             return NULL;
     }
@@ -399,6 +421,8 @@ static PyObject *forget(PyObject *self, PyObject *unused)
 
     (void)unused;
     sender->open = 0;
+    if (!sender->table)
+        Py_RETURN_NONE;
     leave_dirty(sender);
     drop_frames(sender);
     writes_forget(sender);

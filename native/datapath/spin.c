@@ -192,7 +192,7 @@ int table_spin(Table *table, const struct spin *spin)
     int stay;
     bool done;
 
-    if (table->spinning || table->dispatching || table->closed)
+    if (table->spinning || table->dispatching || table->closed || !table_here(table))
         return 0;
     stay = may_stay(table);
     if (stay <= 0)

@@ -70,10 +70,27 @@ static int tell(Write *write)
     return schedule_callbacks(write);
 }
 
+static int is_cancelled(PyObject *future) /* -1 and an exception */
+{
+    PyObject *cancelled = PyObject_CallMethod(future, "cancelled", NULL);
+
+    Py_XDECREF(cancelled);
+    return cancelled ? cancelled == Py_True : -1;
+}
+
 static int end(Write *write, enum write_state state, PyObject *error)
 {
+    int cancelled = 0;
+
     if (is_over(write))
         return 0;
+    /* A task that waited for the future was cancelled: so is the write, as with any future. */
+    if (write->future && (cancelled = is_cancelled(write->future)) < 0)
+        return -1;
+    if (cancelled) {
+        state = WRITE_CANCELLED;
+        error = NULL;
+    }
     write->state = state;
     write->error = error ? Py_NewRef(error) : NULL;
     Py_CLEAR(write->data);
@@ -81,21 +98,14 @@ static int end(Write *write, enum write_state state, PyObject *error)
     return tell(write);
 }
 
-/* A task that waited for the future was cancelled: so is the write, as with any future. */
 static int notice_cancellation(Write *write)
 {
-    PyObject *cancelled;
-    int rc = 0;
+    int cancelled;
 
     if (is_over(write) || !write->future)
         return 0;
-    cancelled = PyObject_CallMethod(write->future, "cancelled", NULL);
-    if (!cancelled)
-        return -1;
-    if (cancelled == Py_True)
-        rc = end(write, WRITE_CANCELLED, NULL);
-    Py_DECREF(cancelled);
-    return rc;
+    cancelled = is_cancelled(write->future);
+    return cancelled > 0 ? end(write, WRITE_CANCELLED, NULL) : cancelled;
 }
 
 /* --- the device -------------------------------------------------------------------------------------- */
@@ -110,8 +120,6 @@ int write_posting(Write *write, struct ibv_send_wr *wr)
     write->in_table = 1;
     if (!is_over(write))
         write->state = WRITE_POSTED;
-    Py_CLEAR(write->data);
-    Py_CLEAR(write->region);
     Py_INCREF((PyObject *)write);
     if (sender->last)
         sender->last->next = write;
@@ -184,7 +192,14 @@ void writes_forget(Sender *sender)
         Py_DECREF((PyObject *)unlist(sender));
 }
 
-void writes_drop(Sender *sender, unsigned int count)
+/* It was never the device's: ends it, with this error. */
+void write_refused(Write *write, PyObject *error)
+{
+    if (end(write, WRITE_FAILED, error))
+        table_unraisable(write->sender->table);
+}
+
+void writes_drop(Sender *sender, unsigned int count, PyObject *error)
 {
     struct Write *keep = NULL, *write = sender->first;
 
@@ -207,6 +222,7 @@ void writes_drop(Sender *sender, unsigned int count)
         sender->writes--;
         sender->posted--;
         sender->table->waiting--;
+        write_refused(write, error);
         Py_DECREF((PyObject *)write);
         write = next;
     }
@@ -214,17 +230,17 @@ void writes_drop(Sender *sender, unsigned int count)
 
 int writes_fail(Sender *sender, PyObject *make_error)
 {
-    for (Write *write = sender->first; write; write = write->next) {
-        PyObject *error;
+    for (Write *write = sender->first, *next; write; write = next) {
+        PyObject *error = is_over(write) ? NULL : PyObject_CallFunction(make_error, "s", "write");
 
-        if (is_over(write))
-            continue;
-        error = PyObject_CallFunction(make_error, "s", "write");
-        if (!error || end(write, WRITE_FAILED, error)) {
-            Py_XDECREF(error);
-            return -1;
-        }
-        Py_DECREF(error);
+        Py_INCREF((PyObject *)write);
+        if (error)
+            write_refused(write, error);
+        else if (!is_over(write))
+            table_unraisable(sender->table);
+        Py_XDECREF(error);
+        next = write->next;
+        Py_DECREF((PyObject *)write);
     }
     return 0;
 }
@@ -240,6 +256,18 @@ Write *write_new(Sender *sender)
 
 /* --- the user ---------------------------------------------------------------------------------------- */
 
+/* Callbacks are to hear at once when a task that waits for the future is cancelled. */
+static int watch_future(Write *write)
+{
+    PyObject *notice = PyObject_GetAttrString((PyObject *)write, "_notice"), *result = NULL;
+
+    if (notice)
+        result = PyObject_CallMethod(write->future, "add_done_callback", "O", notice);
+    Py_XDECREF(notice);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
 /* The future that tasks wait for. A borrowed reference; NULL and an exception. */
 static PyObject *future_of(Write *write)
 {
@@ -248,6 +276,8 @@ static PyObject *future_of(Write *write)
     if (write->future)
         return write->future;
     write->future = PyObject_CallMethod(write->sender->loop, "create_future", NULL);
+    if (write->future && write->callbacks && watch_future(write))
+        return NULL;
     if (write->future && table->adaptive && !table->polling && table->waiting > 1 &&
         call_none((PyObject *)table, name_keep_polling))
         return NULL;
@@ -258,10 +288,10 @@ static PyObject *set_outcome(const Write *write)
 {
     if (write->state == WRITE_DONE)
         Py_RETURN_NONE;
-    if (write->state == WRITE_FAILED)
+    if (write->state == WRITE_FAILED && write->error)
         PyErr_SetObject((PyObject *)Py_TYPE(write->error), write->error);
     else if (write->state == WRITE_CANCELLED)
-        PyErr_SetNone(cancelled_error);
+        PyErr_SetObject(cancelled_error, write->message);
     else
         PyErr_SetString(invalid_state_error, "the write has not ended");
     return NULL;
@@ -340,19 +370,21 @@ static PyObject *write_exception(PyObject *self, PyObject *unused)
     (void)unused;
     if (notice_cancellation(write))
         return NULL;
-    if (write->state == WRITE_FAILED)
+    if (write->state == WRITE_FAILED && write->error)
         return Py_NewRef(write->error);
     return set_outcome(write);
 }
 
-static PyObject *write_cancel(PyObject *self, PyObject *args)
+static PyObject *write_cancel(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    PyObject *message;
+    static char *names[] = {"msg", NULL};
+    PyObject *message = Py_None;
 
-    if (!PyArg_ParseTuple(args, "|O", &message) || notice_cancellation((Write *)self))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &message) || notice_cancellation((Write *)self))
         return NULL;
     if (is_over((Write *)self))
         Py_RETURN_FALSE;
+    ((Write *)self)->message = message == Py_None ? NULL : Py_NewRef(message);
     if (end((Write *)self, WRITE_CANCELLED, NULL))
         return NULL;
     Py_RETURN_TRUE;
@@ -387,6 +419,21 @@ static PyObject *write_follow(PyObject *self, PyObject *future)
     Py_RETURN_NONE;
 }
 
+/* What asyncio.gather() asks of a future that was cancelled. */
+static PyObject *write_make_cancelled_error(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyObject_CallFunctionObjArgs(cancelled_error, ((Write *)self)->message, NULL);
+}
+
+static PyObject *write_notice(PyObject *self, PyObject *future)
+{
+    (void)future;
+    if (notice_cancellation((Write *)self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *write_get_loop(PyObject *self, PyObject *unused)
 {
     (void)unused;
@@ -413,6 +460,8 @@ static PyObject *write_add_done_callback(PyObject *self, PyObject *args, PyObjec
     if (!write->callbacks)
         write->callbacks = PyList_New(0);
     rc = write->callbacks ? PyList_Append(write->callbacks, pair) : -1;
+    if (!rc && write->future && !is_over(write) && PyList_Size(write->callbacks) == 1)
+        rc = watch_future(write);
     Py_DECREF(pair);
     if (!rc && is_over(write))
         rc = schedule_callbacks(write);
@@ -464,6 +513,7 @@ static int write_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(write->future);
     Py_VISIT(write->callbacks);
     Py_VISIT(write->error);
+    Py_VISIT(write->message);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -477,6 +527,7 @@ static int write_clear(PyObject *self)
     Py_CLEAR(write->future);
     Py_CLEAR(write->callbacks);
     Py_CLEAR(write->error);
+    Py_CLEAR(write->message);
     return 0;
 }
 
@@ -499,7 +550,9 @@ static PyMethodDef write_methods[] = {
     {"cancelled", write_cancelled, METH_NOARGS, "True when it was cancelled."},
     {"result", write_result, METH_NOARGS, "None, or raises as await does; InvalidStateError before the end."},
     {"exception", write_exception, METH_NOARGS, "The error it failed with, or None."},
-    {"cancel", write_cancel, METH_VARARGS, "Abandons the wait: the write happens all the same, once it is posted."},
+    {"_make_cancelled_error", write_make_cancelled_error, METH_NOARGS, "For asyncio.gather()."},
+    {"_notice", write_notice, METH_O, "The future that tasks wait for has ended."},
+    {"cancel", (PyCFunction)(void (*)(void))write_cancel, METH_VARARGS | METH_KEYWORDS, "Abandons the wait: the write happens all the same, once it is posted."},
     {"fail", write_fail, METH_O, "fail(error): ends the wait, if it has not ended."},
     {"follow", write_follow, METH_O, "follow(future): ends as that future did."},
     {"spin", write_spin, METH_NOARGS, "Polls for it, as await does before it goes to the event loop."},
@@ -517,7 +570,8 @@ static PyGetSetDef write_getset[] = {
 
 static PyMemberDef write_members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Write, weakrefs), READONLY, NULL},
-    {"data", T_OBJECT, offsetof(Write, data), READONLY, "What is to be written; None once it is posted."},
+    {"_cancel_message", T_OBJECT, offsetof(Write, message), READONLY, "For asyncio.gather()."},
+    {"data", T_OBJECT, offsetof(Write, data), READONLY, "What a batch is to write; None when that has ended."},
     {"region", T_OBJECT, offsetof(Write, region), READONLY, "And where."},
     {NULL, 0, 0, 0, NULL},
 };

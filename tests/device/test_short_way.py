@@ -170,6 +170,39 @@ async def test_flush_fails_with_the_connection(pair: MakePair) -> None:
         both.client.flush()
 
 
+async def test_flush_says_why_nothing_arrived(pair: MakePair) -> None:
+    both = await pair(OWN_WINDOW)
+    _, remote = await both.region(64)
+    await both.client.send(b"1")
+    refused = both.client.write(b"x", forge(remote, both.client, address=remote.address + 4096))
+    await both.client.send(b"never arrives")
+    flushed = both.client.flush()
+    with pytest.raises(ConnectionLostError):
+        await flushed
+    assert isinstance(refused.exception(), RemoteAccessError)
+
+
+async def test_a_message_without_credit_costs_the_others_no_receive(pair: MakePair) -> None:
+    """The buffer of the frame that broke the protocol was lost to the shared queue."""
+    other = await pair()
+    shared = other.server.statistics().shared_receives
+    assert shared is not None, "servers share their receives"
+    for _ in range(5):
+        both = await pair()
+        ledger = both.client._sends.ledger
+        assert ledger is not None
+        ledger.data_limit += 10
+        for _ in range(8):
+            both.client.send(b"more than it may")
+        await both.server.wait_closed()
+        await both.client.wait_closed()
+    await other.client.send(b"others go on")
+    assert await other.server.recv() == b"others go on"
+    after = other.server.statistics().shared_receives
+    assert after is not None
+    assert after.posted == after.receives
+
+
 @pytest.mark.parametrize("count", [1, 15, 16, 40])
 async def test_what_was_sent_arrives_though_the_sender_closes(pair: MakePair, count: int) -> None:
     both = await pair(OWN_WINDOW)
@@ -295,6 +328,46 @@ async def test_a_task_that_waits_for_a_write_is_cancelled(pair: MakePair) -> Non
         await asyncio.wait([task])
     await both.client.write(b"b", remote)
     assert both.client._sends.writes == both.client._sends.posted == 0
+
+
+async def test_writes_in_gather_are_cancelled_with_it(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+
+    async def together() -> None:
+        await asyncio.gather(*[both.client.write(b"a", remote) for _ in range(5)])
+
+    task = asyncio.ensure_future(together())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    one, other = both.client.write(b"a", remote), both.client.write(b"b", remote)
+    assert one.cancel("because")
+    cancelled, fine = await asyncio.gather(one, other, return_exceptions=True)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert fine is None
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.gather(one, other)
+
+
+async def test_others_hear_when_a_task_that_waits_is_cancelled(pair: MakePair) -> None:
+    both = await pair(Config(mode="event"))
+    _, remote = await both.region(64)
+    both.client.write(b"first", remote)
+    write = both.client.write(b"gathered", remote)
+
+    async def wait_for_it() -> None:
+        await write
+
+    waiting = asyncio.ensure_future(asyncio.wait([write]))
+    task = asyncio.ensure_future(wait_for_it())
+    await asyncio.sleep(0)
+    if not write.done():  # else it was too fast for this
+        task.cancel()
+        await waiting
+        assert write.cancelled()
+    await asyncio.wait([task, waiting])
 
 
 async def test_an_unfinished_write_has_no_result(pair: MakePair) -> None:
