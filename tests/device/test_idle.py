@@ -21,10 +21,11 @@ async def test_idle(pair: MakePair, mode: str) -> None:
         await both.server.recv()
     while both.client._adapter.reactor.polling:
         await asyncio.sleep(0)  # adaptive: until what it learned says that it has waited long enough
-    for _ in range(20):
-        await asyncio.sleep(
-            0
-        )  # events of completions that were polled inside an await: stray, and read by now
+    await both.client.flush()
+    for _ in range(
+        2000
+    ):  # strays of what was polled inside an await, and late acknowledgements, are over by then
+        await asyncio.sleep(0)
     before = both.client.statistics().reactor
     cpu = time.process_time()
     await asyncio.sleep(5)

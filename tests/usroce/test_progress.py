@@ -121,7 +121,7 @@ def idle(target: Target) -> None:
     ours, theirs = time.process_time() - ours, cpu_seconds(target.process.pid) - theirs
     assert ours < IDLE / 100, f"{ours:.3f} s of processor time in {IDLE:.0f} s"
     assert theirs < IDLE / 100, f"{theirs:.3f} s of the target's"
-    assert thread_wakeups(target.end) - first <= 2, (
+    assert thread_wakeups(target.end) - first <= 5, (  # a timer would be hundreds
         "the thread finds out that it has nothing to do, and sleeps"
     )
 
