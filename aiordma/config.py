@@ -97,7 +97,7 @@ class Config:
         64, 2, 4096, "work requests", doc="operations in the send queue at a time; more wait in order"
     )
     inline_size: int = _knob(
-        512, 0, 4096, "bytes", doc="inline data asked of the device; what it grants may differ"
+        220, 0, 4096, "bytes", doc="inline data asked of the device; what it grants may differ"
     )
     read_depth: int = _knob(
         16, 1, 128, "operations", doc="reads and atomics in flight; agreed with what the peer's device serves"
