@@ -344,9 +344,9 @@ async def test_writes_in_gather_are_cancelled_with_it(pair: MakePair) -> None:
         await task
     one, other = both.client.write(b"a", remote), both.client.write(b"b", remote)
     assert one.cancel("because")
-    cancelled, fine = await asyncio.gather(one, other, return_exceptions=True)
-    assert isinstance(cancelled, asyncio.CancelledError)
-    assert fine is None
+    ends: list[Any] = list(await asyncio.gather(one, other, return_exceptions=True))
+    assert isinstance(ends[0], asyncio.CancelledError)
+    assert ends[1] is None
     with pytest.raises(asyncio.CancelledError):
         await asyncio.gather(one, other)
 
