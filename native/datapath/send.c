@@ -102,7 +102,6 @@ static int message_posting(Sender *sender, struct ibv_send_wr *wr)
 static int make_request(Sender *sender, unsigned int i, struct ibv_send_wr *wr, struct ibv_sge *sge)
 {
     struct frame *frame = &sender->frame[i];
-    int rc;
 
     memset(wr, 0, sizeof(*wr));
     if (frame->length) {
@@ -118,9 +117,10 @@ static int make_request(Sender *sender, unsigned int i, struct ibv_send_wr *wr, 
     wr->opcode = IBV_WR_RDMA_WRITE;
     wr->wr.rdma.remote_addr = frame->remote;
     wr->wr.rdma.rkey = frame->rkey;
-    rc = write_posting(frame->write, wr);
+    if (write_posting(frame->write, wr))
+        return -1;
     Py_CLEAR(frame->write);
-    return rc;
+    return 0;
 }
 
 static void leave_dirty(Sender *sender)
@@ -136,8 +136,8 @@ static void leave_dirty(Sender *sender)
     sender->dirty = 0;
 }
 
-/* The device did not take the last `count` requests: nothing may be posted behind the gap, and their writes get no
- * completion. */
+/* The device did not take requests, the last `writes` writes in the list among them, or there was no memory to make
+ * them: nothing may be posted behind the gap, and their writes, like those still gathered, end with the error. */
 static int refused(Sender *sender, int rc, unsigned int writes)
 {
     PyObject *error;
@@ -146,26 +146,16 @@ static int refused(Sender *sender, int rc, unsigned int writes)
     error = PyObject_CallMethod((PyObject *)sender, "message_refused", "i", rc);
     if (!error)
         return -1;
+    for (int i = 0; i < FRAMES; i++) {
+        if (!sender->frame[i].write)
+            continue;
+        sender->writes--;
+        write_refused(sender->frame[i].write, error);
+        Py_CLEAR(sender->frame[i].write);
+    }
     writes_drop(sender, writes, error);
     Py_DECREF(error);
     return 0;
-}
-
-/* There was no memory to post the requests from `first` on; of those before, `made` writes are in the list. */
-static int gave_up(Sender *sender, unsigned int first, unsigned int count, unsigned int made)
-{
-    PyErr_Clear();
-    for (unsigned int i = first; i < count; i++) {
-        Write *write = sender->frame[i].write;
-
-        sender->frame[i].write = NULL;
-        if (!write)
-            continue;
-        sender->writes--;
-        write_refused(write, PyExc_MemoryError);
-        Py_DECREF((PyObject *)write);
-    }
-    return refused(sender, ENOMEM, made);
 }
 
 int sender_flush(Sender *sender)
@@ -188,8 +178,10 @@ int sender_flush(Sender *sender)
             last_write = &wrs[i];
             write->started_ns = now = now ? now : now_ns();
         }
-        if (make_request(sender, i, &wrs[i], &sges[i]))
-            return gave_up(sender, i, count, missed);
+        if (make_request(sender, i, &wrs[i], &sges[i])) {
+            PyErr_Clear();
+            return refused(sender, ENOMEM, missed);
+        }
         missed += write != NULL;
         wrs[i].next = i + 1 < count ? &wrs[i + 1] : NULL;
     }

@@ -131,6 +131,18 @@ int write_posting(Write *write, struct ibv_send_wr *wr)
     return 0;
 }
 
+/* The device does not have the write (any more), which is not in the list of its sender either. */
+static void not_posted(Sender *sender, Write *write)
+{
+    write->next = NULL;
+    if (write->in_table)
+        table_remove(sender->table, write->wr_id, (PyObject *)write);
+    write->in_table = 0;
+    sender->writes--;
+    sender->posted--;
+    sender->table->waiting--;
+}
+
 /* Takes the first write off the list of its sender; its reference is the caller's. */
 static Write *unlist(Sender *sender)
 {
@@ -139,13 +151,7 @@ static Write *unlist(Sender *sender)
     sender->first = write->next;
     if (!sender->first)
         sender->last = NULL;
-    write->next = NULL;
-    if (write->in_table)
-        table_remove(sender->table, write->wr_id, (PyObject *)write);
-    write->in_table = 0;
-    sender->writes--;
-    sender->posted--;
-    sender->table->waiting--;
+    not_posted(sender, write);
     return write;
 }
 
@@ -215,13 +221,7 @@ void writes_drop(Sender *sender, unsigned int count, PyObject *error)
     while (write) {
         struct Write *next = write->next;
 
-        write->next = NULL;
-        if (write->in_table)
-            table_remove(sender->table, write->wr_id, (PyObject *)write);
-        write->in_table = 0;
-        sender->writes--;
-        sender->posted--;
-        sender->table->waiting--;
+        not_posted(sender, write);
         write_refused(write, error);
         Py_DECREF((PyObject *)write);
         write = next;
