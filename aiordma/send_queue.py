@@ -6,9 +6,9 @@ confused, because completions of different queues are not ordered: the peer's cr
 before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
 nothing passes a write that was issued before it.
 
-A small message that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no completion. It
-is the device's as soon as it was copied, and so are messages on the way described here once they are posted: then
-send() is done. That everything sent before has arrived is told by a marker (:meth:`SendQueue.confirm`). Small
+A message that is copied and that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no
+completion of its own. It is the device's as soon as it was copied, and so are messages on the way described here
+once they are posted: then send() is done. That everything sent before has arrived is told by a marker (:meth:`SendQueue.confirm`). Small
 writes take the short way too (native/datapath/write.c), with a completion.
 
 Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
@@ -51,7 +51,7 @@ _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
 _OUTBOUND = (SEND, WRITE, WRITE_IMM)
 _MESSAGE = int(FrameKind.MESSAGE)
 _OFFER = int(FrameKind.OFFER)
-#: Messages and writes that may be under way without a slot (native/datapath/datapath.h: GROUP * GROUPS + WRITES).
+#: Messages and writes that may be under way without a slot (native/datapath/datapath.h: MESSAGES and WRITES).
 WITHOUT_SLOT = 64 + 64
 #: The most bytes of a control frame.
 CONTROL_FRAME = HEADER_SIZE + DONE_SIZE
@@ -258,6 +258,7 @@ class SendQueue(Sender):
             max_inline=qp.max_inline,
             credit_queue=self._credit_queue,
             slot_queue=self._slot_queue,
+            staging=staging,
             connection=connection,
             loop=asyncio.get_running_loop(),
             governor=governor,

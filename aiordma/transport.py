@@ -332,7 +332,7 @@ class Connection:
         )
         self._sends.ledger = self._receives.ledger = ledger
         self._agreed = agreed
-        self.eager_size = agreed.eager_size
+        self.eager_size = self._sends.eager = agreed.eager_size
         self._sends.offers_free = agreed.rendezvous_depth
         if self._share is not None:
             self._share.ledger = ledger

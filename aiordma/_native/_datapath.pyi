@@ -157,10 +157,11 @@ class Ring:
     def close(self) -> None: ...
 
 class Sender:
-    """Small messages and small writes on their way out."""
+    """Messages that are copied, and small writes, on their way out."""
 
     ledger: Any
     open: bool
+    eager: int
     reserved: int
     wanted_back: int
     sent: int
@@ -182,6 +183,7 @@ class Sender:
         max_inline: int,
         credit_queue: deque[Any],
         slot_queue: deque[Any],
+        staging: Any,
         connection: object,
         loop: AbstractEventLoop,
         governor: Governor | None,

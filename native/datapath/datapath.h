@@ -8,7 +8,7 @@
  * inbox.c    Inbox     items in order of arrival, and who waits for them
  * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
- * send.c     Sender, Group: small messages, inline, several to a doorbell, few of them signaled
+ * send.c     Sender, Group: messages, copied once, several to a doorbell, few of them signaled
  * write.c    Write: a small one-sided write, likewise; awaitable
  * region.c   Grant, Region: what the peer lets us write to
  * spin.c     Governor, and spinning inside an await
@@ -162,8 +162,10 @@ typedef struct {
     PyObject_HEAD
     Sender *sender; /* borrowed; NULL when it is gone */
     uint64_t wr_id;
-    int count; /* messages posted with it */
+    int count;   /* messages posted with it */
+    int staged;  /* of these, in staging buffers */
     char entered;
+    char closed; /* its last message is posted, and signaled */
 } Group;
 
 /* What the peer announced under a name. */
@@ -202,18 +204,20 @@ typedef struct Write {
     char in_table;
 } Write;
 
-/* Messages in a group: the last one is signaled. And groups of a sender: so many times as many are in flight. */
-#define GROUP 16
-#define GROUPS 4
-#define FRAMES 32 /* that wait for the end of a turn */
-#define WRITES 64 /* in flight */
+#define MESSAGES 64 /* in flight */
+#define GROUP 16    /* messages at most; the last one is signaled */
+#define GROUPS 16   /* more than MESSAGES / GROUP, for some are closed before they are full */
+#define FRAMES 32   /* that wait for the end of a turn */
+#define WRITES 64   /* in flight */
 
 /* One work request that is gathered. */
 struct frame {
     uint32_t length;
-    uint32_t rkey;        /* of a write */
-    uint64_t remote;      /* likewise */
-    Write *write;         /* NULL: a message */
+    uint32_t lkey;    /* of `address` */
+    uint64_t address; /* of a message in a staging buffer; 0: inline */
+    uint64_t remote;  /* of a write */
+    uint32_t rkey;    /* likewise */
+    Write *write;     /* NULL: a message */
 };
 
 struct Sender {
@@ -224,10 +228,14 @@ struct Sender {
     PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
     Group *groups[GROUPS];
     unsigned int group;     /* the one that is filled now */
+    unsigned int closed;    /* groups whose completion has yet to come */
     unsigned int in_flight; /* messages queued here or in a group that has not completed */
     unsigned int queued;
+    unsigned int eager;     /* bytes of a message that goes this way; agreed with the peer */
     size_t stride;
-    unsigned char *frames; /* FRAMES of `stride` bytes */
+    unsigned char *frames;  /* FRAMES of `stride` bytes */
+    PyObject *staging;      /* StagingPool */
+    struct objects staged;  /* its buffers that we hold, in the order of their messages */
     struct frame frame[FRAMES];
     unsigned long long turn; /* when something was sent last */
     PyObject *connection, *loop;
@@ -270,7 +278,7 @@ extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
-    *name_idle;
+    *name_idle, *name_take, *name_give, *name_address, *name_lkey;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
     governor_spec, grant_spec, region_spec, write_spec, ready_spec;

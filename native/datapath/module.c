@@ -5,7 +5,8 @@ PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *
     *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type;
 PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *copy_context;
 PyObject *ready_iterator;
-PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle;
+PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle,
+    *name_take, *name_give, *name_address, *name_lkey;
 
 int call_none(PyObject *object, PyObject *name)
 {
@@ -53,6 +54,10 @@ static const struct {
     {"used", &name_used},
     {"keep_polling", &name_keep_polling},
     {"idle", &name_idle},
+    {"take", &name_take},
+    {"give", &name_give},
+    {"address", &name_address},
+    {"lkey", &name_lkey},
 };
 
 static const struct {

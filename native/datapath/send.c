@@ -1,9 +1,12 @@
-/* Small messages and small writes on their way out.
+/* Messages that are copied, and small writes, on their way out.
  *
  * A message that fits the inline data of the device and finds its credit is copied here and is the device's: it
  * needs no slot, no registered memory and no completion of its own. The first one of a turn of the loop leaves at
  * once; those behind it share a doorbell, at the end of the turn or when somebody polls. Of GROUP messages the last
- * is signaled, and up to GROUPS groups are in flight; an error completes any of them, and ends the connection.
+ * is signaled, and up to MESSAGES are in flight; an error completes any of them, and ends the connection.
+ *
+ * A larger one, up to what the peer's buffers hold, is copied to a staging buffer (staging.py), which is lent until
+ * the completion of its group; so that it is not kept for long, each doorbell with such a message ends a group.
  *
  * Everything else goes through SendQueue, which derives from Sender: it posts after flush(), never before, and
  * nothing here passes who waits in its queues. Called back there: pump(), send_control(), message_failed(status,
@@ -31,10 +34,24 @@ int sender_control(Sender *sender)
     return call_none((PyObject *)sender, name_send_control);
 }
 
+/* The first `count` staging buffers that we hold; that may call others who wait for one. */
+static void give_back(Sender *sender, Py_ssize_t count)
+{
+    PyObject *buffer, *result;
+
+    while (count-- && (buffer = objects_pop(&sender->staged))) {
+        result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
+        if (!result)
+            table_unraisable(sender->table);
+        Py_XDECREF(result);
+        Py_DECREF(buffer);
+    }
+}
+
 int group_completed(Group *group, const struct glue_wc *wc)
 {
     Sender *sender = group->sender;
-    int rc = 0;
+    int rc = 0, staged = group->staged;
 
     group->entered = 0;
     if (!sender)
@@ -48,7 +65,9 @@ int group_completed(Group *group, const struct glue_wc *wc)
         Py_XDECREF(result);
     } else {
         sender->in_flight -= (unsigned int)group->count;
-        group->count = 0;
+        sender->closed--;
+        group->count = group->staged = group->closed = 0;
+        give_back(sender, staged);
         rc = sender_pump(sender);
     }
     Py_DECREF((PyObject *)sender);
@@ -79,8 +98,17 @@ PyType_Spec group_spec = {
 
 /* --- posting ----------------------------------------------------------------------------------------- */
 
+/* This is the last message of its group. */
+static void close_group(Sender *sender, struct ibv_send_wr *wr)
+{
+    wr->send_flags |= IBV_SEND_SIGNALED;
+    sender->groups[sender->group]->closed = 1;
+    sender->closed++;
+    sender->group = (sender->group + 1) % GROUPS;
+}
+
 /* The next message of a group. -1 and MemoryError. */
-static int message_posting(Sender *sender, struct ibv_send_wr *wr)
+static int message_posting(Sender *sender, const struct frame *frame, struct ibv_send_wr *wr)
 {
     Group *group = sender->groups[sender->group];
 
@@ -91,10 +119,9 @@ static int message_posting(Sender *sender, struct ibv_send_wr *wr)
     }
     wr->wr_id = group->wr_id;
     wr->opcode = IBV_WR_SEND;
-    if (++group->count == GROUP) {
-        wr->send_flags |= IBV_SEND_SIGNALED;
-        sender->group = (sender->group + 1) % GROUPS;
-    }
+    group->staged += frame->address != 0;
+    if (++group->count == GROUP)
+        close_group(sender, wr);
     return 0;
 }
 
@@ -105,15 +132,15 @@ static int make_request(Sender *sender, unsigned int i, struct ibv_send_wr *wr, 
 
     memset(wr, 0, sizeof(*wr));
     if (frame->length) {
-        sge->addr = (uintptr_t)(sender->frames + i * sender->stride);
+        sge->addr = frame->address ? frame->address : (uintptr_t)(sender->frames + i * sender->stride);
         sge->length = frame->length;
-        sge->lkey = 0;
+        sge->lkey = frame->lkey;
         wr->sg_list = sge;
         wr->num_sge = 1;
-        wr->send_flags = IBV_SEND_INLINE;
+        wr->send_flags = frame->address ? 0 : IBV_SEND_INLINE;
     }
     if (!frame->write)
-        return message_posting(sender, wr);
+        return message_posting(sender, frame, wr);
     wr->opcode = IBV_WR_RDMA_WRITE;
     wr->wr.rdma.remote_addr = frame->remote;
     wr->wr.rdma.rkey = frame->rkey;
@@ -163,7 +190,8 @@ int sender_flush(Sender *sender)
     struct ibv_send_wr wrs[FRAMES], *bad = NULL;
     struct ibv_sge sges[FRAMES];
     unsigned int count = sender->queued, missed = 0;
-    struct ibv_send_wr *last_write = NULL;
+    struct ibv_send_wr *last_write = NULL, *last_message = NULL;
+    bool staged = false;
     long long now = 0;
     int rc;
 
@@ -183,10 +211,16 @@ int sender_flush(Sender *sender)
             return refused(sender, ENOMEM, missed);
         }
         missed += write != NULL;
+        if (!write) {
+            last_message = &wrs[i];
+            staged |= sender->frame[i].address != 0;
+        }
         wrs[i].next = i + 1 < count ? &wrs[i + 1] : NULL;
     }
     if (last_write)
         last_write->send_flags |= IBV_SEND_SIGNALED;
+    if (staged && !(last_message->send_flags & IBV_SEND_SIGNALED))
+        close_group(sender, last_message);
     rc = ibv_post_send(sender->qp, wrs, &bad);
     if (!rc) {
         sender->sent += count;
@@ -226,19 +260,73 @@ static int go_out(Sender *sender)
     return sender_flush(sender);
 }
 
+/* What is gathered fills at most the rest of a group, and FRAMES / GROUP more. */
+#define CLOSED (GROUPS - FRAMES / GROUP - 1)
+
 static bool may_send(const Sender *sender)
 {
     const Ledger *ledger = sender->ledger;
 
     return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
-           sender->in_flight < GROUP * GROUPS && !has_waiters(sender) && table_here(sender->table);
+           sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender) && table_here(sender->table);
 }
 
-static int send_message(Sender *sender, const void *data, uint32_t nbytes)
+/* Where a staging buffer is. -1 and an exception. */
+static int locate(PyObject *buffer, struct frame *frame)
 {
-    unsigned char *frame = sender->frames + sender->queued * sender->stride;
-    uint32_t credits[2], length = htonl(nbytes);
+    PyObject *address = PyObject_GetAttr(buffer, name_address), *lkey = PyObject_GetAttr(buffer, name_lkey);
 
+    if (address && lkey) {
+        frame->address = PyLong_AsUnsignedLongLong(address);
+        frame->lkey = (uint32_t)PyLong_AsUnsignedLong(lkey);
+    }
+    Py_XDECREF(address);
+    Py_XDECREF(lkey);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* A staging buffer for the next message, the last of `staged` then. 1: it is at frame->address; 0: there is none, or
+ * the message may not go any more; -1 and an exception. */
+static int take_buffer(Sender *sender, struct frame *frame)
+{
+    PyObject *buffer = PyObject_CallMethodObjArgs(sender->staging, name_take, (PyObject *)sender, NULL);
+    PyObject *result;
+    int rc;
+
+    if (!buffer)
+        return -1;
+    if (buffer == Py_None) {
+        Py_DECREF(buffer);
+        return 0;
+    }
+    /* Taking it may have collected garbage, and so run anything. */
+    rc = locate(buffer, frame) ? -1 : may_send(sender);
+    if (rc > 0 && objects_append(&sender->staged, buffer))
+        rc = -1;
+    if (rc <= 0) {
+        PyObject *type, *value, *traceback;
+
+        PyErr_Fetch(&type, &value, &traceback);
+        result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
+        if (!result)
+            table_unraisable(sender->table);
+        Py_XDECREF(result);
+        PyErr_Restore(type, value, traceback);
+    }
+    Py_DECREF(buffer);
+    return rc;
+}
+
+/* `place` has the address and key of a staging buffer, or none. Runs no code of others before the message is in its
+ * place in the queue. */
+static int send_message(Sender *sender, const struct frame *place, const Py_buffer *data)
+{
+    struct frame *frame = &sender->frame[sender->queued];
+    unsigned char *at = sender->frames + sender->queued * sender->stride;
+    uint32_t credits[2], nbytes = (uint32_t)data->len, length = htonl(nbytes);
+
+    if (place->address)
+        at = (unsigned char *)(uintptr_t)place->address;
     if (ledger_send_data(sender->ledger))
         return -1;
     sender->in_flight++;
@@ -246,12 +334,14 @@ static int send_message(Sender *sender, const void *data, uint32_t nbytes)
     ledger_stamp(sender->ledger, &credits[0], &credits[1]);
     credits[0] = htonl(credits[0]);
     credits[1] = htonl(credits[1]);
-    memset(frame, 0, 4);
-    frame[0] = FRAME_MESSAGE;
-    memcpy(frame + 4, &length, 4);
-    memcpy(frame + 8, credits, 8);
-    memcpy(frame + HEADER_SIZE, data, nbytes);
-    sender->frame[sender->queued++].length = HEADER_SIZE + nbytes;
+    memset(at, 0, 4);
+    at[0] = FRAME_MESSAGE;
+    memcpy(at + 4, &length, 4);
+    memcpy(at + 8, credits, 8);
+    memcpy(at + HEADER_SIZE, data->buf, nbytes);
+    *frame = *place;
+    frame->length = HEADER_SIZE + nbytes;
+    sender->queued++;
     return go_out(sender);
 }
 
@@ -259,8 +349,9 @@ static int send_message(Sender *sender, const void *data, uint32_t nbytes)
 static PyObject *send_now(PyObject *self, PyObject *data)
 {
     Sender *sender = (Sender *)self;
+    struct frame place = {0};
     Py_buffer view;
-    int rc;
+    int goes = 1;
 
     if (!may_send(sender))
         Py_RETURN_FALSE;
@@ -268,15 +359,14 @@ static PyObject *send_now(PyObject *self, PyObject *data)
         PyErr_Clear();
         Py_RETURN_FALSE;
     }
-    if ((size_t)view.len + HEADER_SIZE > sender->stride) {
-        PyBuffer_Release(&view);
-        Py_RETURN_FALSE;
-    }
-    rc = send_message(sender, view.buf, (uint32_t)view.len);
+    if ((size_t)view.len > sender->eager)
+        goes = 0;
+    else if ((size_t)view.len + HEADER_SIZE > sender->stride)
+        goes = take_buffer(sender, &place);
+    if (goes > 0 && send_message(sender, &place, &view))
+        goes = -1;
     PyBuffer_Release(&view);
-    if (rc)
-        return NULL;
-    Py_RETURN_TRUE;
+    return goes < 0 ? NULL : PyBool_FromLong(goes);
 }
 
 /* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
@@ -305,6 +395,7 @@ static void put_write(Sender *sender, Write *write, const Region *region, const 
     struct frame *frame = &sender->frame[sender->queued];
 
     memcpy(sender->frames + sender->queued * sender->stride, view->buf, (size_t)view->len);
+    memset(frame, 0, sizeof(*frame));
     frame->length = (uint32_t)view->len;
     frame->remote = region->grant->address + region->offset;
     frame->rkey = region->grant->rkey;
@@ -420,6 +511,7 @@ static PyObject *forget(PyObject *self, PyObject *unused)
     writes_forget(sender);
     for (int i = 0; i < GROUPS; i++)
         table_remove(sender->table, sender->groups[i]->wr_id, (PyObject *)sender->groups[i]);
+    give_back(sender, sender->staged.count);
     Py_RETURN_NONE;
 }
 
@@ -446,15 +538,15 @@ static int make_groups(Sender *sender)
 static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"table",        "qp",         "cq",       "max_inline", "credit_queue",
-                            "slot_queue",   "connection", "loop",     "governor",   "spins", NULL};
+                            "slot_queue",   "staging",    "connection", "loop",     "governor",   "spins", NULL};
     Sender *sender = (Sender *)self;
     unsigned long long qp, cq;
     unsigned long max_inline;
-    PyObject *table, *credit_queue, *slot_queue, *connection, *loop, *governor;
+    PyObject *table, *credit_queue, *slot_queue, *staging, *connection, *loop, *governor;
     int spins;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKkOOOOOp", names, table_type, &table, &qp, &cq, &max_inline,
-                                     &credit_queue, &slot_queue, &connection, &loop, &governor, &spins))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKkOOOOOOp", names, table_type, &table, &qp, &cq, &max_inline,
+                                     &credit_queue, &slot_queue, &staging, &connection, &loop, &governor, &spins))
         return -1;
     if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
         PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
@@ -482,6 +574,7 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
     sender->spins = (char)spins;
     sender->credit_queue = Py_NewRef(credit_queue);
     sender->slot_queue = Py_NewRef(slot_queue);
+    sender->staging = Py_NewRef(staging);
     sender->table = (Table *)Py_NewRef(table);
     return 0;
 }
@@ -489,11 +582,15 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
 static int sender_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Sender *sender = (Sender *)self;
+    int rc = objects_visit(&sender->staged, visit, arg);
 
+    if (rc)
+        return rc;
     Py_VISIT((PyObject *)sender->table);
     Py_VISIT((PyObject *)sender->ledger);
     Py_VISIT(sender->credit_queue);
     Py_VISIT(sender->slot_queue);
+    Py_VISIT(sender->staging);
     Py_VISIT(sender->connection);
     Py_VISIT(sender->loop);
     Py_VISIT((PyObject *)sender->governor);
@@ -513,6 +610,7 @@ static int sender_clear(PyObject *self)
     drop_frames(sender);
     if (sender->table)
         writes_forget(sender);
+    objects_clear(&sender->staged);
     Py_CLEAR(sender->ledger);
     Py_CLEAR(sender->connection);
     return 0;
@@ -537,6 +635,7 @@ static void sender_dealloc(PyObject *self)
     }
     Py_CLEAR(sender->credit_queue);
     Py_CLEAR(sender->slot_queue);
+    Py_CLEAR(sender->staging);
     Py_CLEAR(sender->table);
     PyMem_Free(sender->frames);
     free_object(self);
@@ -558,7 +657,7 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 }
 
 static PyMethodDef sender_methods[] = {
-    {"send_now", send_now, METH_O, "send_now(data): sends a small message, if nothing holds it up; else False."},
+    {"send_now", send_now, METH_O, "send_now(data): sends a message, if it is to be copied and nothing holds it up; else False."},
     {"write_now", write_now, METH_VARARGS,
      "write_now(data, region): a small write that nothing holds up, under way; else None."},
     {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): the same, for post_prepared()."},
@@ -578,6 +677,7 @@ static PyGetSetDef sender_getset[] = {
 
 static PyMemberDef sender_members[] = {
     {"open", T_BOOL, offsetof(Sender, open), 0, "Messages may go this way."},
+    {"eager", T_UINT, offsetof(Sender, eager), 0, "Bytes of a message, at most; 0 until the handshake is over."},
     {"queued", T_UINT, offsetof(Sender, queued), READONLY, "Messages that wait for flush()."},
     {"reserved", T_LONGLONG, offsetof(Sender, reserved), 0, "Credits promised to operations that wait for a slot."},
     {"wanted_back", T_LONGLONG, offsetof(Sender, wanted_back), 0, "Data credits the peer would like to have back."},
@@ -593,7 +693,7 @@ static PyType_Slot sender_slots[] = {
     {Py_tp_init, sender_init},       {Py_tp_dealloc, sender_dealloc}, {Py_tp_traverse, sender_traverse},
     {Py_tp_clear, sender_clear},     {Py_tp_methods, sender_methods}, {Py_tp_members, sender_members},
     {Py_tp_getset, sender_getset},
-    {Py_tp_doc, "Sender(table, qp, cq, max_inline, ...): small messages and writes on their way out."},
+    {Py_tp_doc, "Sender(table, qp, cq, max_inline, ...): messages that are copied, and small writes, on their way out."},
     {0, NULL},
 };
 

@@ -65,6 +65,51 @@ async def test_a_turn_shares_a_doorbell_and_nothing_waits_for_its_end(pair: Make
     assert [await both.server.recv() for _ in range(10)] == [b"%d" % i for i in range(10)]
 
 
+async def test_a_peer_whose_buffers_are_smaller_than_our_inline_data(pair: MakePair) -> None:
+    both = await pair(Config(inline_size=220), Config(eager_size=64))
+    for size in (64, 65, 200, 300):
+        sending = asyncio.ensure_future(both.client.send(bytes([size % 251]) * size))
+        assert await both.server.recv() == bytes([size % 251]) * size
+        await sending
+
+
+async def test_messages_in_staging_buffers(pair: MakePair) -> None:
+    """They need no slot, several share a doorbell, and when they are confirmed no buffer is lent any more."""
+    both = await pair(OWN_WINDOW)
+    sends, staging = both.client._sends, both.client._staging
+    free = len(staging._free)
+    sizes = [small(both.client) + 1, both.client.eager_size, 5, 1000]
+    messages = [bytes([i]) * size for i, size in enumerate(sizes * 5)]
+    await asyncio.sleep(0)
+    assert all(both.client.send(message).done() for message in messages)
+    assert sends.in_flight == 0  # slots
+    assert 0 < sends.queued < len(messages)
+    assert [await both.server.recv() for _ in messages] == messages
+    await both.client.flush()
+    assert staging.registered and len(staging._free) >= free
+    assert not any(chunk.used for chunk in staging._chunks)
+
+
+async def test_messages_of_one_doorbell_each(pair: MakePair) -> None:
+    """More of them than there are groups: each ends one, and the next wait for their completions."""
+    both = await pair(OWN_WINDOW)
+    for _ in range(3):
+        for i in range(30):
+            await both.client.send(bytes([i]) * 500)
+            both.client._sends.flush()
+        assert [await both.server.recv() for _ in range(30)] == [bytes([i]) * 500 for i in range(30)]
+
+
+async def test_no_staging_buffer_is_lost_with_a_connection(pair: MakePair) -> None:
+    both = await pair(OWN_WINDOW)
+    for i in range(20):
+        await both.client.send(bytes([i]) * 1000)
+    staging = both.client._staging
+    both.client.fail(ConnectionLostError("by the test"))
+    await asyncio.gather(both.client.wait_closed(), both.server.wait_closed())
+    assert not any(chunk.used for chunk in staging._chunks)
+
+
 async def test_what_is_sent_may_change_at_once(pair: MakePair) -> None:
     both = await pair()
     data = bytearray(b"first")
