@@ -95,7 +95,7 @@ class CqReactor(Table):
     ) -> None:
         self._loop = asyncio.get_running_loop()
         ready: Any = getattr(self._loop, "_ready", None)  # asyncio's run queue; uvloop hides its own
-        super().__init__(self._mark_turn, self._report, ready, int(inline_spin_us * 1000))
+        super().__init__(self._loop, self._mark_turn, self._report, ready, int(inline_spin_us * 1000))
         self._context = context
         self._channel = CompletionChannel(context)
         self._queues: list[CompletionQueue] = []
@@ -228,7 +228,7 @@ class CqReactor(Table):
         last_hit = self.last_hit_ns
         found = 0
         for queue in self._queues:
-            found += self.poll(queue.pointer)
+            found += self.serve(queue.pointer, 0)
         self._learn_gap(last_hit)
         if found and self.adaptive and self._turns_ns():
             self._start_polling()
@@ -238,11 +238,11 @@ class CqReactor(Table):
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
         budget, last_hit = _TURN_LIMIT, self.last_hit_ns
         for queue in self._queues:
-            while (count := self.poll(queue.pointer)) or queue not in self._armed:
+            while (count := self.serve(queue.pointer, 0)) or queue not in self._armed:
                 budget -= count
                 if count < POLL_BATCH:  # for all we know it is drained, and the next look is due anyway
                     self._arm(queue)
-                    if not (count := self.poll(queue.pointer)):
+                    if not (count := self.serve(queue.pointer, 0)):
                         break
                     budget -= count
                 if budget <= 0:
@@ -298,7 +298,7 @@ class CqReactor(Table):
         before, last_hit = now_ns(), self.last_hit_ns
         budget = _TURN_LIMIT
         for queue in self._queues:
-            while budget > 0 and (count := self.poll(queue.pointer)):
+            while budget > 0 and (count := self.serve(queue.pointer, 0)):
                 budget -= count
                 if count < POLL_BATCH:
                     break

@@ -47,7 +47,6 @@ class Inbox(_datapath.Inbox[T]):
         put_back: Callable[[T], object] | None = None,
     ) -> None:
         super().__init__(reactor)
-        self._loop = asyncio.get_running_loop()
         self.spin = spin
         self._governor = governor
         self._return = put_back or self.put_back
@@ -70,14 +69,13 @@ class Inbox(_datapath.Inbox[T]):
                 return found
             if self._make_error is not None:
                 raise self._make_error()
-        future = self._loop.create_future()
-        self.line_up(future)
+        wait = self.line_up()
         try:
-            item: T = await future
+            item = await wait
         except BaseException:
-            if not self.leave_line(future) and not future.cancelled() and future.exception() is None:
+            if not self.leave_line(wait) and wait.has_item:
                 self.runs()
-                self._return(future.result())
+                self._return(wait.result())
             raise
         self.runs()
         if started:
@@ -92,9 +90,8 @@ class Inbox(_datapath.Inbox[T]):
         """Everyone in line gets an error of their own, and who comes later; those who have their item already keep
         it, and what lies here can be taken."""
         self._make_error = make_error
-        for future in self.drain_line():
-            if not future.done():
-                future.set_exception(make_error())
+        for wait in self.drain_line():
+            wait.fail(make_error())
 
 
 class LargeArrivals(Protocol):

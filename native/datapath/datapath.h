@@ -6,6 +6,7 @@
  *
  * ledger.c   Ledger    the counters of protocol/credit.py that move with each frame (the type is in ledger_type.c)
  * inbox.c    Inbox     items in order of arrival, and who waits for them
+ * wait.c     Wait      what a task awaits there, and how it is woken
  * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
  * send.c     Sender, Group: messages, copied once, several to a doorbell, few of them signaled
@@ -78,6 +79,10 @@ typedef struct {
     unsigned long thread;  /* whose loop it is */
     unsigned long process; /* counts forks */
     char turn_marked, dispatching;
+    PyObject *loop;
+    struct objects to_wake; /* Waits that are over, whose tasks have not run */
+    char waking;            /* a callback of the loop is going to call them, or does */
+    char wake_due;          /* the loop was asked for such a callback */
     /* spin.c */
     PyObject *ready;      /* asyncio's run queue, or NULL */
     long long inline_cap_ns, turn_spent_ns, spin_ns, last_hit_ns, inline_polls, inline_hits;
@@ -95,7 +100,20 @@ typedef struct {
     struct objects items, waiters;
 } Inbox;
 
-/* 1: a waiter has the item now; 0: it lies in the inbox; -1 and an exception. */
+typedef struct {
+    PyObject_HEAD
+    Table *table;
+    PyObject *callback, *context; /* of the task; NULL before it waits, and when it was called */
+    PyObject *value;              /* an item; an error; or the message of a cancellation, or NULL */
+    int state;
+    char blocking;
+} Wait;
+
+Wait *wait_new(Table *table);
+int wait_give(Wait *wait, PyObject *item); /* 1: it has it; 0: it waits no more; -1 and an exception */
+void table_wake(Table *table);             /* calls those in line; only from a callback of the loop */
+
+/* 1: a waiter has the item now, and runs later; 0: it lies in the inbox; -1 and an exception. */
 int inbox_put(Inbox *inbox, PyObject *item, bool front);
 
 int table_add(Table *table, PyObject *entry, uint64_t *wr_id); /* -1 and MemoryError */
@@ -270,7 +288,7 @@ bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /
 
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type;
 extern PyObject *cancelled_error, *invalid_state_error;
 extern PyObject *copy_context;   /* contextvars.copy_context */
 extern PyObject *ready_iterator; /* the one Ready */
@@ -278,9 +296,9 @@ extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
-    *name_idle, *name_take, *name_give, *name_address, *name_lkey;
+    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
-    governor_spec, grant_spec, region_spec, write_spec, ready_spec;
+    governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec;
 
 #endif

@@ -1,7 +1,6 @@
-/* Items in order of arrival, and a fair line of futures that wait for one.
+/* Items in order of arrival, and a fair line of those who wait for one (wait.c).
  *
- * While somebody waits, nothing lies here: an item goes to the first in line, as the result of its future, and is
- * that receiver's from then on. One that is cancelled before it has run puts the item back, at the head. */
+ * While somebody waits, nothing lies here: an item goes to the first in line, and is that receiver's from then on. One that is cancelled before it has run puts the item back, at the head. */
 #include "datapath.h"
 
 #include <string.h>
@@ -87,35 +86,16 @@ void objects_clear(struct objects *queue)
     memset(queue, 0, sizeof(*queue));
 }
 
-/* Gives the item to a future that is not done yet. 1: it has it; 0: it was cancelled; -1 and an exception. */
-static int give(PyObject *future, PyObject *item)
-{
-    PyObject *done = PyObject_CallMethodObjArgs(future, name_done, NULL), *result;
-
-    if (!done)
-        return -1;
-    Py_DECREF(done);
-    if (done != Py_False) /* a singleton */
-        return 0;
-    result = PyObject_CallMethodObjArgs(future, name_set_result, item, NULL);
-    if (!result)
-        return -1;
-    Py_DECREF(result);
-    return 1;
-}
-
 int inbox_put(Inbox *inbox, PyObject *item, bool front)
 {
-    PyObject *future;
+    PyObject *wait;
 
-    while ((future = objects_pop(&inbox->waiters))) {
-        int given = give(future, item);
+    while ((wait = objects_pop(&inbox->waiters))) {
+        int given = wait_give((Wait *)wait, item);
 
-        Py_DECREF(future);
-        if (given > 0) {
-            inbox->table->handed_out++;
+        Py_DECREF(wait);
+        if (given > 0)
             inbox->table->woken++;
-        }
         if (given)
             return given;
     }
@@ -146,16 +126,20 @@ static PyObject *get(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *line_up(PyObject *self, PyObject *future)
+static PyObject *line_up(PyObject *self, PyObject *unused)
 {
-    if (objects_append(&((Inbox *)self)->waiters, future))
-        return NULL;
-    Py_RETURN_NONE;
+    Inbox *inbox = (Inbox *)self;
+    Wait *wait = wait_new(inbox->table);
+
+    (void)unused;
+    if (wait && objects_append(&inbox->waiters, (PyObject *)wait))
+        Py_CLEAR(wait);
+    return (PyObject *)wait;
 }
 
-static PyObject *leave_line(PyObject *self, PyObject *future)
+static PyObject *leave_line(PyObject *self, PyObject *wait)
 {
-    return PyBool_FromLong(objects_remove(&((Inbox *)self)->waiters, future));
+    return PyBool_FromLong(objects_remove(&((Inbox *)self)->waiters, wait));
 }
 
 /* A receiver that was woken runs (or was cancelled, and does not). */
@@ -272,12 +256,12 @@ static PyMethodDef inbox_methods[] = {
     {"put", put, METH_O, "One more item, for the first in line or for later; True when somebody has it now."},
     {"put_back", put_back, METH_O, "An item that was taken is the next one again; True as for put()."},
     {"get", get, METH_NOARGS, "The next item, or None when there is none."},
-    {"line_up", line_up, METH_O, "A future waits, last in line; an item is its result."},
-    {"leave_line", leave_line, METH_O, "The future waits no more; False when it did not."},
+    {"line_up", line_up, METH_NOARGS, "A new Wait, last in line, to be awaited by one task; an item is its result."},
+    {"leave_line", leave_line, METH_O, "The Wait is not in line any more; False when it was not."},
     {"runs", runs, METH_NOARGS, "A receiver that got an item in line runs now, or will not."},
     {"remove", remove_item, METH_O, "An item is gone; False when it is not here."},
     {"drain", drain_items, METH_NOARGS, "Takes all items, as a list."},
-    {"drain_line", drain_line, METH_NOARGS, "Takes all futures out of the line, as a list."},
+    {"drain_line", drain_line, METH_NOARGS, "Takes all Waits out of the line, as a list."},
     {"items", items, METH_NOARGS, "The items that are here, as a list."},
     {"done", done, METH_NOARGS, "True when there is something to take."},
     {"__class_getitem__", Py_GenericAlias, METH_O | METH_CLASS, "Inbox[item]"},
@@ -285,7 +269,7 @@ static PyMethodDef inbox_methods[] = {
 };
 
 static PyMemberDef inbox_members[] = {
-    {"waiting", T_PYSSIZET, offsetof(Inbox, waiters.count), READONLY, "How many futures are in line."},
+    {"waiting", T_PYSSIZET, offsetof(Inbox, waiters.count), READONLY, "How many are in line."},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -2,11 +2,11 @@
 #include "datapath.h"
 
 PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type;
 PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *copy_context;
 PyObject *ready_iterator;
 PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle,
-    *name_take, *name_give, *name_address, *name_lkey;
+    *name_take, *name_give, *name_address, *name_lkey, *name_run;
 
 int call_none(PyObject *object, PyObject *name)
 {
@@ -40,7 +40,7 @@ static const struct {
     {"Group", &group_spec, &group_type},          {"Sender", &sender_spec, &sender_type},
     {"Governor", &governor_spec, &governor_type}, {"Grant", &grant_spec, &grant_type},
     {"Region", &region_spec, &region_type},       {"Write", &write_spec, &write_type},
-    {"Ready", &ready_spec, &ready_type},
+    {"Ready", &ready_spec, &ready_type},          {"Wait", &wait_spec, &wait_type},
 };
 
 static const struct {
@@ -58,6 +58,7 @@ static const struct {
     {"give", &name_give},
     {"address", &name_address},
     {"lkey", &name_lkey},
+    {"run", &name_run},
 };
 
 static const struct {

@@ -222,6 +222,34 @@ static PyObject *poll_queue(PyObject *self, PyObject *cq)
     return PyLong_FromLong(got > 0 ? got : 0);
 }
 
+static PyObject *serve(PyObject *self, PyObject *args)
+{
+    Table *table = (Table *)self;
+    unsigned long long cq;
+    long long spin_ns;
+    int got;
+
+    if (!PyArg_ParseTuple(args, "KL", &cq, &spin_ns))
+        return NULL;
+    table->waking = 1;
+    got = table_poll(table, (struct ibv_cq *)(uintptr_t)cq, (uint64_t)spin_ns);
+    table_wake(table);
+    table->waking = 0;
+    return PyLong_FromLong(got > 0 ? got : 0);
+}
+
+static PyObject *wake(PyObject *self, PyObject *unused)
+{
+    Table *table = (Table *)self;
+
+    (void)unused;
+    table->wake_due = 0;
+    table->waking = 1;
+    table_wake(table);
+    table->waking = 0;
+    Py_RETURN_NONE;
+}
+
 static bool inbox_has(PyObject *what)
 {
     return ((Inbox *)what)->items.count > 0;
@@ -309,16 +337,18 @@ static Py_ssize_t table_length(PyObject *self)
 
 static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"schedule", "on_error", "ready", "inline_cap_ns", NULL};
+    static char *names[] = {"loop", "schedule", "on_error", "ready", "inline_cap_ns", NULL};
     Table *table = (Table *)self;
-    PyObject *schedule, *on_error, *ready;
+    PyObject *loop, *schedule, *on_error, *ready;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOL", names, &schedule, &on_error, &ready, &table->inline_cap_ns))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOL", names, &loop, &schedule, &on_error, &ready,
+                                     &table->inline_cap_ns))
         return -1;
     if (table->schedule) {
         PyErr_SetString(PyExc_ValueError, "a table is made once");
         return -1;
     }
+    table->loop = Py_NewRef(loop);
     table->schedule = Py_NewRef(schedule);
     table->on_error = Py_NewRef(on_error);
     table->ready = ready == Py_None ? NULL : Py_NewRef(ready);
@@ -331,9 +361,13 @@ static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
 static int table_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Table *table = (Table *)self;
+    int rc = objects_visit(&table->to_wake, visit, arg);
 
+    if (rc)
+        return rc;
     for (uint32_t i = 0; i < table->used; i++)
         Py_VISIT(table->slots[i].entry);
+    Py_VISIT(table->loop);
     Py_VISIT(table->schedule);
     Py_VISIT(table->on_error);
     Py_VISIT(table->ready);
@@ -347,6 +381,8 @@ static int table_clear(PyObject *self)
 
     for (uint32_t i = 0; i < table->used; i++)
         Py_CLEAR(table->slots[i].entry);
+    objects_clear(&table->to_wake);
+    Py_CLEAR(table->loop);
     Py_CLEAR(table->schedule);
     Py_CLEAR(table->on_error);
     Py_CLEAR(table->ready);
@@ -373,6 +409,10 @@ static PyMethodDef table_methods[] = {
     {"poll", poll_queue, METH_O,
      "poll(cq): posts what waits for that, polls the queue at this address once, and hands out what is there; how\n"
      "many. When the device has failed: 0, after self.failed(errno)."},
+    {"serve", serve, METH_VARARGS,
+     "serve(cq, spin_ns): the same, for up to so long until something is there; then runs those who waited for it.\n"
+     "Only a callback of the loop may do this."},
+    {"wake", wake, METH_NOARGS, "Runs those whose wait is over. Only a callback of the loop may do this."},
     {"spin", spin, METH_VARARGS,
      "spin(what, cq, governor, once): polls inside an await, once, and then until what.done() or the time is up:\n"
      "governor sets the time and learns from the outcome, None is the cap, once ends there. (An Inbox is done when\n"

@@ -1,0 +1,268 @@
+/* Who waits for an item of an inbox: what a task awaits there, with as much of a future as asyncio's tasks use.
+ *
+ * A future has the loop call each waiter back in a callback of its own. Here those that have got something line up in
+ * the table, and are called one after the other: by the callback of the loop that polled, or by one that was asked for
+ * once. So a batch of messages costs the loop one callback, and a message found by the loop none. It is never a task
+ * that calls them, for tasks cannot run inside another; what an await finds while they are called joins the line. */
+#include "datapath.h"
+
+enum wait_state { WAIT_WAITS, WAIT_DONE, WAIT_FAILED, WAIT_CANCELLED };
+
+#define TURN_WAKES 64 /* called in one callback of the loop */
+
+/* --- the line in the table --------------------------------------------------------------------------- */
+
+static int ask_loop(Table *table)
+{
+    PyObject *wake, *result = NULL;
+
+    if (table->wake_due)
+        return 0;
+    wake = PyObject_GetAttrString((PyObject *)table, "wake");
+    if (wake)
+        result = PyObject_CallMethod(table->loop, "call_soon", "O", wake);
+    Py_XDECREF(wake);
+    Py_XDECREF(result);
+    if (!result)
+        return -1;
+    table->wake_due = 1;
+    return 0;
+}
+
+static int line_up(Wait *wait)
+{
+    Table *table = wait->table;
+
+    if (!wait->callback)
+        return 0;
+    table->handed_out++;
+    if (objects_append(&table->to_wake, (PyObject *)wait))
+        return -1;
+    return table->waking ? 0 : ask_loop(table);
+}
+
+static void call_back(Wait *wait)
+{
+    PyObject *callback = wait->callback, *context = wait->context, *result;
+
+    wait->callback = wait->context = NULL;
+    result = PyObject_CallMethodObjArgs(context, name_run, callback, (PyObject *)wait, NULL);
+    if (!result)
+        table_unraisable(wait->table);
+    Py_XDECREF(result);
+    Py_DECREF(callback);
+    Py_DECREF(context);
+}
+
+void table_wake(Table *table)
+{
+    PyObject *wait;
+
+    for (int i = 0; i < TURN_WAKES && (wait = objects_pop(&table->to_wake)); i++) {
+        call_back((Wait *)wait);
+        Py_DECREF(wait);
+    }
+    if (table->to_wake.count && ask_loop(table))
+        table_unraisable(table);
+}
+
+/* --- the inbox --------------------------------------------------------------------------------------- */
+
+Wait *wait_new(Table *table)
+{
+    Wait *wait = (Wait *)PyType_GenericAlloc(wait_type, 0);
+
+    if (wait)
+        wait->table = (Table *)Py_NewRef((PyObject *)table);
+    return wait;
+}
+
+int wait_give(Wait *wait, PyObject *item)
+{
+    if (wait->state != WAIT_WAITS)
+        return 0;
+    wait->state = WAIT_DONE;
+    wait->value = Py_NewRef(item);
+    return line_up(wait) ? -1 : 1;
+}
+
+static PyObject *fail(PyObject *self, PyObject *error)
+{
+    Wait *wait = (Wait *)self;
+
+    if (wait->state == WAIT_WAITS) {
+        wait->state = WAIT_FAILED;
+        wait->value = Py_NewRef(error);
+        if (line_up(wait))
+            return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* --- the task ---------------------------------------------------------------------------------------- */
+
+static PyObject *result(PyObject *self, PyObject *unused)
+{
+    Wait *wait = (Wait *)self;
+
+    (void)unused;
+    if (wait->state == WAIT_DONE)
+        return Py_NewRef(wait->value);
+    if (wait->state == WAIT_FAILED)
+        PyErr_SetObject((PyObject *)Py_TYPE(wait->value), wait->value);
+    else if (wait->state == WAIT_CANCELLED)
+        PyErr_SetObject(cancelled_error, wait->value);
+    else
+        PyErr_SetString(invalid_state_error, "nothing has come yet");
+    return NULL;
+}
+
+/* Yields itself once, which tells the task what it waits for; then it is over. */
+static PySendResult wait_send(PyObject *self, PyObject *unused, PyObject **value)
+{
+    Wait *wait = (Wait *)self;
+
+    (void)unused;
+    if (wait->state == WAIT_WAITS) {
+        wait->blocking = 1;
+        *value = Py_NewRef(self);
+        return PYGEN_NEXT;
+    }
+    *value = result(self, NULL);
+    return *value ? PYGEN_RETURN : PYGEN_ERROR;
+}
+
+static PyObject *wait_next(PyObject *self)
+{
+    PyObject *value, *stop;
+    PySendResult sent = wait_send(self, NULL, &value);
+
+    if (sent != PYGEN_RETURN)
+        return value;
+    stop = PyObject_CallFunctionObjArgs(PyExc_StopIteration, value, NULL);
+    if (stop)
+        PyErr_SetObject(PyExc_StopIteration, stop);
+    Py_XDECREF(stop);
+    Py_DECREF(value);
+    return NULL;
+}
+
+static PyObject *add_done_callback(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"", "context", NULL};
+    Wait *wait = (Wait *)self;
+    PyObject *callback, *context;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$O", names, &callback, &context))
+        return NULL;
+    if (wait->callback) {
+        PyErr_SetString(invalid_state_error, "another task waits already");
+        return NULL;
+    }
+    wait->callback = Py_NewRef(callback);
+    wait->context = Py_NewRef(context);
+    if (wait->state != WAIT_WAITS && line_up(wait))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"msg", NULL};
+    Wait *wait = (Wait *)self;
+    PyObject *message = NULL;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &message))
+        return NULL;
+    if (wait->state != WAIT_WAITS)
+        Py_RETURN_FALSE;
+    wait->state = WAIT_CANCELLED;
+    wait->value = message && message != Py_None ? Py_NewRef(message) : NULL;
+    if (line_up(wait))
+        return NULL;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *has_item(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(((Wait *)self)->state == WAIT_DONE);
+}
+
+static PyObject *get_loop(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return Py_NewRef(((Wait *)self)->table->loop);
+}
+
+static int wait_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Wait *wait = (Wait *)self;
+
+    Py_VISIT((PyObject *)wait->table);
+    Py_VISIT(wait->callback);
+    Py_VISIT(wait->context);
+    Py_VISIT(wait->value);
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    return 0;
+}
+
+static int wait_clear(PyObject *self)
+{
+    Wait *wait = (Wait *)self;
+
+    Py_CLEAR(wait->callback);
+    Py_CLEAR(wait->context);
+    Py_CLEAR(wait->value);
+    if (wait->state == WAIT_DONE || wait->state == WAIT_FAILED)
+        wait->state = WAIT_CANCELLED;
+    return 0;
+}
+
+static void wait_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
+
+    PyObject_GC_UnTrack(self);
+    wait_clear(self);
+    Py_CLEAR(((Wait *)self)->table);
+    free_object(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyMethodDef wait_methods[] = {
+    {"fail", fail, METH_O, "fail(error): the wait is over, and raises this."},
+    {"result", result, METH_NOARGS, "The item, or raises what ended the wait."},
+    {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, "Ends the wait; False when it is over."},
+    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_VARARGS | METH_KEYWORDS,
+     "add_done_callback(callback, *, context): for the one task that waits."},
+    {"get_loop", get_loop, METH_NOARGS, "The event loop."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef wait_getset[] = {
+    {"has_item", has_item, NULL, "It has got an item.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef wait_members[] = {
+    {"_asyncio_future_blocking", T_BOOL, offsetof(Wait, blocking), 0, "What asyncio knows a future by."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot wait_slots[] = {
+    {Py_tp_dealloc, wait_dealloc},     {Py_tp_traverse, wait_traverse}, {Py_tp_clear, wait_clear},
+    {Py_tp_methods, wait_methods},     {Py_tp_getset, wait_getset},     {Py_tp_members, wait_members},
+    {Py_am_await, PyObject_SelfIter},  {Py_tp_iter, PyObject_SelfIter}, {Py_tp_iternext, wait_next},
+    {Py_am_send, (void *)wait_send},
+    {Py_tp_doc, "What a task awaits that waits for an item of an inbox."},
+    {0, NULL},
+};
+
+PyType_Spec wait_spec = {
+    .name = "aiordma._native._datapath.Wait",
+    .basicsize = sizeof(Wait),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = wait_slots,
+};
