@@ -47,6 +47,10 @@ now_ns = time.perf_counter_ns
 POLL_BATCH = 64
 #: Completions handled in one turn before other callbacks of the loop get theirs.
 _TURN_LIMIT = 256
+#: Polling in C in a turn of the loop: at most so long, and only when the turn before, with nothing to do for others,
+#: was as short as this (uvloop).
+_TURN_SPIN_NS = 10_000
+_EMPTY_TURN_NS = 5_000
 #: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the
 #: largest so far: few queues to poll, however many connections.
 _CQ_ENTRIES = 4096
@@ -94,8 +98,9 @@ class CqReactor(Table):
         self, context: Context, *, inline_spin_us: float = 50.0, turn_spin_us: float = 200.0
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        ready: Any = getattr(self._loop, "_ready", None)  # asyncio's run queue; uvloop hides its own
-        super().__init__(self._loop, self._mark_turn, self._report, ready, int(inline_spin_us * 1000))
+        # asyncio's run queue; uvloop hides its own
+        self._ready: Any = getattr(self._loop, "_ready", None)
+        super().__init__(self._loop, self._mark_turn, self._report, self._ready, int(inline_spin_us * 1000))
         self._context = context
         self._channel = CompletionChannel(context)
         self._queues: list[CompletionQueue] = []
@@ -107,6 +112,7 @@ class CqReactor(Table):
         self.governor = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
         self.arrivals = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
         self._asked_ns = 0  # when somebody began to wait
+        self._left_ns = 0  # when a turn of the loop was over for us
         self._gone = False
         self._started_ns = now_ns()
         self._events = self._wakeups = self._arms = self._turns = 0
@@ -296,9 +302,9 @@ class CqReactor(Table):
     def _poll_turn(self) -> None:
         self._turns += 1
         before, last_hit = now_ns(), self.last_hit_ns
-        budget = _TURN_LIMIT
+        budget, spin = _TURN_LIMIT, self._turn_spin_ns(before)
         for queue in self._queues:
-            while budget > 0 and (count := self.serve(queue.pointer, 0)):
+            while budget > 0 and (count := self.serve(queue.pointer, spin)):
                 budget -= count
                 if count < POLL_BATCH:
                     break
@@ -307,12 +313,22 @@ class CqReactor(Table):
         now = now_ns()
         self.spin_ns += now - before
         self._learn_gap(last_hit)
+        self._left_ns = now
         since = max(self.last_hit_ns, self._asked_ns)
         if self.mode == "busy" or (self.adaptive and now - since < self._turns_ns()):
             self._loop.call_soon(self._turn)
             return
         self.polling = False
         self._drain_and_arm()
+
+    def _turn_spin_ns(self, now: int) -> int:
+        """How long to poll in C in this turn. Not when others want theirs: uvloop does not tell, but then the turn
+        before took long."""
+        if len(self._queues) > 1:
+            return 0
+        if self._ready is None:
+            return _TURN_SPIN_NS if now - self._left_ns < _EMPTY_TURN_NS else 0
+        return 0 if len(self._ready) > self.turn_marked else _TURN_SPIN_NS
 
     # --- turns of the loop ---------------------------------------------------------------------------
 
