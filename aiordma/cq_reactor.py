@@ -47,8 +47,8 @@ now_ns = time.perf_counter_ns
 POLL_BATCH = 64
 #: Completions handled in one turn before other callbacks of the loop get theirs.
 _TURN_LIMIT = 256
-#: Polling in C in a turn of the loop: at most so long, and only when the turn before, with nothing to do for others,
-#: was as short as this (uvloop).
+#: Polling in C in a turn of the loop: at most so long; and, on uvloop, only when the loop was back as soon as this,
+#: with nothing to do for others.
 _TURN_SPIN_NS = 10_000
 _EMPTY_TURN_NS = 5_000
 #: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the

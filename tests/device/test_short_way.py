@@ -86,7 +86,8 @@ async def test_messages_in_staging_buffers(pair: MakePair) -> None:
     assert 0 < sends.queued < len(messages)
     assert [await both.server.recv() for _ in messages] == messages
     await both.client.flush()
-    assert staging.registered and len(staging._free) >= free
+    assert staging.registered
+    assert len(staging._free) >= free
     assert not any(chunk.used for chunk in staging._chunks)
 
 
