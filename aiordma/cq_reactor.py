@@ -47,7 +47,7 @@ now_ns = time.perf_counter_ns
 POLL_BATCH = 64
 #: Completions handled in one turn before other callbacks of the loop get theirs.
 _TURN_LIMIT = 256
-#: Polling in C in a turn of the loop: at most so long; and, on uvloop, only when the loop was back as soon as this,
+#: Polling in C in a turn of the loop: at most so long; on uvloop only when the loop was back as soon as this,
 #: with nothing to do for others.
 _TURN_SPIN_NS = 10_000
 _EMPTY_TURN_NS = 5_000
