@@ -133,7 +133,7 @@ static uint8_t *map_slab(const struct target *target)
 
     if (fd < 0)
         return NULL;
-    at = mmap(NULL, target->slab_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    at = slab_map(fd, target->slab_size);
     close(fd);
     if (at == MAP_FAILED)
         return NULL;

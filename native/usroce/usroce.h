@@ -586,6 +586,10 @@ struct slab {
     uint32_t number; /* no other slab of the process has or had it; not 0 */
     int fd;
 };
+
+/* A mapping of the memory behind a slab's descriptor. MAP_FAILED and errno. */
+void *slab_map(int fd, size_t size);
+
 /* The slab in which all of that memory lies. False: there is none. */
 bool slab_find(const uint8_t *at, uint64_t length, struct slab *slab);
 

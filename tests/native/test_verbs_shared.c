@@ -214,12 +214,17 @@ static void connect_ends(struct end *a, struct end *b, int access_of_b)
     connect_end(b, a, IBV_QPT_RC);
 }
 
-static void open_pair(struct end *a, struct end *b, bool slab)
+static void open_pair_of(struct end *a, struct end *b, size_t size, bool slab)
 {
-    open_end(a, IBV_QPT_RC, DEPTH, AREA, slab);
-    open_end(b, IBV_QPT_RC, DEPTH, AREA, slab);
+    open_end(a, IBV_QPT_RC, DEPTH, size, slab);
+    open_end(b, IBV_QPT_RC, DEPTH, size, slab);
     connect_ends(a, b, REMOTE);
     REQUIRE(share_memory(a, b));
+}
+
+static void open_pair(struct end *a, struct end *b, bool slab)
+{
+    open_pair_of(a, b, AREA, slab);
 }
 
 /* An operation on `length` bytes at `at`, the same place in both areas. */
@@ -472,9 +477,51 @@ static void slabs(void)
     CHECK(!usroce_alloc(SIZE_MAX / 2) && errno);
 }
 
+static size_t mapped_bytes(void)
+{
+    FILE *file = fopen("/proc/self/statm", "r");
+    size_t pages = 0;
+
+    REQUIRE(file && fscanf(file, "%zu", &pages) == 1);
+    fclose(file);
+    return pages * PAGE;
+}
+
+/* Around the size of a huge page, whose mappings are cut out of larger ones: all of it is there and zero, nothing is
+ * left, and a peer reaches its end. */
+static void large_slabs(void)
+{
+    static const size_t huge = 2 << 20;
+    const size_t sizes[] = {huge - 1, huge, huge + 1, 2 * huge + PAGE, 5 * huge - 7};
+    struct end a, b;
+    size_t before;
+
+    CHECK(!usroce_free(usroce_alloc(huge))); /* what is allocated once, by stdio and the library, is there now */
+    mapped_bytes();
+    before = mapped_bytes();
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        uint8_t *slab = usroce_alloc(sizes[i]);
+
+        REQUIRE(slab);
+        CHECK(mapped_bytes() == before + (sizes[i] + PAGE - 1) / PAGE * PAGE);
+        CHECK(sizes[i] < huge || (uintptr_t)slab % huge == 0);
+        CHECK(is_zero(slab, sizes[i]));
+        memset(slab, 1, sizes[i]);
+        CHECK(!usroce_free(slab));
+        CHECK(mapped_bytes() == before);
+    }
+    open_pair_of(&a, &b, sizes[4], true);
+    memset(a.data, 3, a.size);
+    CHECK(run_on(&a, &b, IBV_WR_RDMA_WRITE, 0, (uint32_t)a.size) == IBV_WC_SUCCESS);
+    CHECK(counters_of(&a).direct == 1 && !memcmp(a.data, b.data, a.size));
+    close_end(&a);
+    close_end(&b);
+}
+
 int main(void)
 {
     slabs();
+    large_slabs();
     for (int slab = 0; slab < 2; slab++) {
         directly(slab);
         not_allowed(slab);
