@@ -4,9 +4,8 @@
  * tag of a window changes with each binding. Local and remote key of a region are the same number. Windows have
  * keys of their own that are valid only while bound; key_local() does not take them, as no device does.
  *
- * Nothing is pinned, but registering makes sure that the memory is there, as pinning would: a hole is found by
- * ibv_reg_mr() and not by the first packet. */
-#define _GNU_SOURCE /* mincore */
+ * Nothing is pinned, but registering makes sure that the memory is there: see present.c. */
+#define _GNU_SOURCE /* syscall */
 #include "usroce.h"
 
 #include <errno.h>
@@ -14,15 +13,9 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#define MADV_POPULATE_WRITE 23
-#endif
 
 enum {
     KEY_TAG_BITS = 8,
@@ -154,53 +147,6 @@ uint8_t *key_remote(struct context *ctx, struct qp *qp, uint32_t rkey, uint64_t 
     return key_host(key, addr, length);
 }
 
-/* --- is the memory there? ------------------------------------------------------------------------------------ */
-
-/* The pages of `length` bytes at `addr`. */
-static void pages_of(const void *addr, size_t length, uintptr_t *start, size_t *size)
-{
-    uintptr_t mask = (uintptr_t)sysconf(_SC_PAGESIZE) - 1;
-
-    *start = (uintptr_t)addr & ~mask;
-    *size = (((uintptr_t)addr + length - 1) | mask) + 1 - *start;
-}
-
-/* For kernels before 5.14: mapped at all, whatever the rights. */
-static bool is_mapped(uintptr_t start, size_t size)
-{
-    unsigned char resident[4096];
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), step = page * sizeof(resident);
-
-    while (size) {
-        size_t part = size < step ? size : step;
-
-        if (mincore((void *)start, part, resident))
-            return false;
-        start += part;
-        size -= part;
-    }
-    return true;
-}
-
-/* Makes the pages present, writable if they will be written. 0 or EFAULT, or ENOMEM or the like if the memory for
- * them cannot be had. */
-static int make_present(const void *addr, size_t length, bool writable)
-{
-    int advice = writable ? MADV_POPULATE_WRITE : MADV_POPULATE_READ, rc;
-    uintptr_t start;
-    size_t size;
-
-    pages_of(addr, length, &start, &size);
-    /* With no length it tells whether the kernel knows the advice. */
-    if (madvise((void *)start, 0, advice))
-        return is_mapped(start, size) ? 0 : EFAULT;
-    do
-        rc = madvise((void *)start, size, advice) ? errno : 0;
-    while (rc == EINTR || rc == EAGAIN);
-    /* ENOMEM: a hole; EINVAL: no right to write, or memory of a device. */
-    return rc ? EFAULT : 0;
-}
-
 /* --- RLIMIT_MEMLOCK, where it is to be kept ------------------------------------------------------------------ */
 
 static _Atomic uint64_t locked; /* bytes in whole pages, of all regions of the process */
@@ -229,7 +175,7 @@ static int count_locked(const void *addr, size_t length)
     size_t size;
     uint64_t total;
 
-    pages_of(addr, length, &start, &size);
+    memory_pages(addr, length, &start, &size);
     total = atomic_fetch_add(&locked, size) + size;
     if (getrlimit(RLIMIT_MEMLOCK, &limit) || limit.rlim_cur == RLIM_INFINITY || total <= limit.rlim_cur)
         return 0;
@@ -244,7 +190,7 @@ static void uncount_locked(const void *addr, size_t length)
     uintptr_t start;
     size_t size;
 
-    pages_of(addr, length, &start, &size);
+    memory_pages(addr, length, &start, &size);
     atomic_fetch_sub(&locked, size);
 }
 
@@ -268,7 +214,7 @@ static int check_range(const void *addr, size_t length)
 
     if (!length || length > (size_t)INT64_MAX)
         return EINVAL;
-    /* The last page must not be the end of the address space either: pages_of() could not say where it ends. */
+    /* The last page must not be the end of the address space either: memory_pages() could not say where it ends. */
     if ((uintptr_t)addr > UINTPTR_MAX - mask - length)
         return EINVAL;
     return 0;
@@ -285,7 +231,7 @@ static int claim_memory(const struct context *ctx, const void *addr, size_t leng
         rc = count_locked(addr, length);
     if (rc)
         return rc;
-    rc = make_present(addr, length, access & IBV_ACCESS_LOCAL_WRITE);
+    rc = memory_make_present(addr, length, access & IBV_ACCESS_LOCAL_WRITE);
     if (rc && ctx->count_locked)
         uncount_locked(addr, length);
     return rc;

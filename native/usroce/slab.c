@@ -19,7 +19,8 @@
 
 enum {
     HUGE = 2 << 20,         /* bytes of a huge page (x86, and ARM with pages of 4 KiB) */
-    SLOW = 2 * 1000 * 1000, /* ns for one: the system has to make room first */
+    PATIENCE = 10 * 1000 * 1000, /* ns, all in all, that they may take longer than the pages they stand for: */
+    AS_PAGES = 1000 * 1000,      /* so many, for one */
 };
 
 struct slab_entry {
@@ -75,13 +76,11 @@ void *slab_map(int fd, size_t size)
  * registration, which makes the rest present page by page. */
 static void take_huge_pages(uint8_t *at, size_t size)
 {
-    for (size_t done = 0; size - done >= HUGE; done += HUGE) {
-        uint64_t started = now_ns();
+    uint64_t until = now_ns() + PATIENCE;
 
-        if (madvise(at + done, 1, MADV_POPULATE_WRITE) || madvise(at + done, HUGE, MADV_COLLAPSE) ||
-            now_ns() - started > SLOW)
+    for (size_t done = 0; size - done >= HUGE && now_ns() < until; done += HUGE, until += AS_PAGES)
+        if (madvise(at + done, 1, MADV_POPULATE_WRITE) || madvise(at + done, HUGE, MADV_COLLAPSE))
             return;
-    }
 }
 
 /* Its size cannot change any more: or reading it could be the end of a peer (SIGBUS). 0 or an errno. */

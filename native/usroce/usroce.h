@@ -7,6 +7,7 @@
  *   events.c     completion channels and asynchronous events, and their acknowledgement
  *   cq.c         completion queues, plain and extended
  *   memory.c     protection domains, regions, windows; the check that every access goes through
+ *   present.c    whether memory that is to be registered is there
  *   srq.c        receive queues, shared or of one queue pair
  *   ah.c         address handles; from an address vector to an endpoint
  *   qp.c         queue pairs: life, state machine, attributes, error and flush
@@ -577,6 +578,13 @@ void table_close(struct context *ctx);
 /* Carries out `size` bytes of an RDMA WRITE or READ from `offset` on. False: by packets. */
 bool direct_move(struct context *ctx, struct qp *qp, const struct send_wqe *wqe, uint64_t offset, uint32_t size);
 bool direct_atomic(struct context *ctx, struct qp *qp, const struct send_wqe *wqe);
+
+/* --- present.c ------------------------------------------------------------------------------------------------ */
+
+/* The pages of `length` bytes at `addr`. */
+void memory_pages(const void *addr, size_t length, uintptr_t *start, size_t *size);
+/* Makes the pages present, writable if they will be written. 0, or EFAULT: there is a hole, or the right is missing. */
+int memory_make_present(const void *addr, size_t length, bool writable);
 
 /* --- slab.c --------------------------------------------------------------------------------------------------- */
 

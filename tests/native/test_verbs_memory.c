@@ -51,6 +51,31 @@ static void region_ranges(struct ibv_pd *pd)
     munmap(hole + 2 * PAGE, PAGE);
 }
 
+/* Memory of which the kernel is asked whether it is there, in three mappings of which the one in the middle changes. */
+static void large_ranges(struct ibv_pd *pd)
+{
+    const size_t size = 1 << 20, third = size / 4 + PAGE;
+    uint8_t *area = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    unsigned char resident[(1 << 20) / PAGE];
+
+    REQUIRE(area != MAP_FAILED);
+    memset(area, 1, size / 2); /* the rest is made present */
+    CHECK(!try_mr(pd, area, size, IBV_ACCESS_LOCAL_WRITE));
+    REQUIRE(!mincore(area, size, resident));
+    CHECK(resident[0] & 1 && resident[size / PAGE - 1] & 1);
+    CHECK(!try_mr(pd, area + 1, size - 2, IBV_ACCESS_LOCAL_WRITE));
+    REQUIRE(!mprotect(area + third, PAGE, PROT_READ));
+    CHECK(!try_mr(pd, area, size, 0));
+    CHECK(try_mr(pd, area, size, IBV_ACCESS_LOCAL_WRITE) == EFAULT);
+    REQUIRE(!mprotect(area + third, PAGE, PROT_NONE));
+    CHECK(try_mr(pd, area, size, 0) == EFAULT);
+    REQUIRE(!munmap(area + third, PAGE));
+    CHECK(try_mr(pd, area, size, 0) == EFAULT);
+    CHECK(try_mr(pd, area, size, IBV_ACCESS_LOCAL_WRITE) == EFAULT);
+    CHECK(!try_mr(pd, area, third, IBV_ACCESS_LOCAL_WRITE));
+    munmap(area, size);
+}
+
 static int by_number(const void *a, const void *b)
 {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
@@ -89,6 +114,7 @@ static void regions(void)
 
     region_rights(pd);
     region_ranges(pd);
+    large_ranges(pd);
     region_keys(pd);
     mr = ibv_reg_mr(pd, memory, 8, 0);
     CHECK(ibv_dealloc_pd(pd) == EBUSY);
