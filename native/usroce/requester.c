@@ -27,7 +27,7 @@ enum {
     RTO_MIN = 1000 * 1000,      /* ns */
     RTO_FIRST = 16 * 1000 * 1000, /* before a round trip was measured */
     BACKOFF_MAX = 16,
-    DIRECT_PIECE = 512 << 10, /* bytes that are moved at a time without the peer: so long a revocation waits for us */
+    DIRECT_PIECE = 2 << 20,   /* bytes that are moved at a time without the peer: so long a revocation waits for us */
     PACKET = 4096,            /* ... so many count as one packet of the budget */
     ROOM_WAIT = 250 * 1000 * 1000,   /* ns that an unreliable service waits for room on the link */
     ROOM_PAUSE = 2000 * 1000 * 1000, /* ... and how long not again after that was in vain */

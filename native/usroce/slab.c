@@ -19,6 +19,7 @@
 
 enum {
     HUGE = 2 << 20,         /* bytes of a huge page (x86, and ARM with pages of 4 KiB) */
+    AT_ONCE = 8 * HUGE,          /* bytes: each time the kernel is asked, it waits for all processors first */
     PATIENCE = 10 * 1000 * 1000, /* ns, all in all, that they may take longer than the pages they stand for: */
     AS_PAGES = 1000 * 1000,      /* so many, for one */
 };
@@ -77,10 +78,17 @@ void *slab_map(int fd, size_t size)
 static void take_huge_pages(uint8_t *at, size_t size)
 {
     uint64_t until = now_ns() + PATIENCE;
+    size_t part;
 
-    for (size_t done = 0; size - done >= HUGE && now_ns() < until; done += HUGE, until += AS_PAGES)
-        if (madvise(at + done, 1, MADV_POPULATE_WRITE) || madvise(at + done, HUGE, MADV_COLLAPSE))
+    size -= size % HUGE;
+    for (; size && now_ns() < until; at += part, size -= part, until += AS_PAGES * (part / HUGE)) {
+        part = size < AT_ONCE ? size : AT_ONCE;
+        for (size_t i = 0; i < part; i += HUGE)
+            if (madvise(at + i, 1, MADV_POPULATE_WRITE))
+                return;
+        if (madvise(at, part, MADV_COLLAPSE))
             return;
+    }
 }
 
 /* Its size cannot change any more: or reading it could be the end of a peer (SIGBUS). 0 or an errno. */
