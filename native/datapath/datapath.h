@@ -32,6 +32,7 @@
 
 #include "glue.h"
 #include "ledger.h"
+#include "object.h"
 
 /* A frame's header (protocol/frames.py), and the kind that is a user's message. */
 #define HEADER_SIZE 16

@@ -242,14 +242,10 @@ static int inbox_clear(PyObject *self)
 
 static void inbox_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     inbox_clear(self);
     Py_CLEAR(((Inbox *)self)->table);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMethodDef inbox_methods[] = {

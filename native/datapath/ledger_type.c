@@ -1,5 +1,6 @@
 /* aiordma._native._ledger: the type behind protocol/credit.py, whose CreditLedger derives from it and has the rest. */
 #include "ledger.h"
+#include "object.h"
 
 #include <limits.h>
 #include <stddef.h>
@@ -79,15 +80,6 @@ static int ledger_init(PyObject *self, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
-static void ledger_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
-    free_object(self);
-    Py_DECREF((PyObject *)type);
-}
-
 static PyMethodDef ledger_methods[] = {
     {"send_data", send_data, METH_NOARGS, "Takes a data credit; the caller has seen that there is one."},
     {"stamp", stamp, METH_NOARGS, "The two limits for the header of the frame that goes out now, modulo 2**32."},
@@ -113,7 +105,7 @@ static PyMemberDef ledger_members[] = {
 };
 
 static PyType_Slot ledger_slots[] = {
-    {Py_tp_init, ledger_init},       {Py_tp_dealloc, ledger_dealloc}, {Py_tp_methods, ledger_methods},
+    {Py_tp_init, ledger_init},       {Py_tp_dealloc, object_free}, {Py_tp_methods, ledger_methods},
     {Py_tp_getset, ledger_getset},   {Py_tp_members, ledger_members},
     {Py_tp_doc, "The counters of credits that move with each frame; see aiordma.protocol.credit."},
     {0, NULL},

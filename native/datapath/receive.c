@@ -212,16 +212,12 @@ static int ring_clear(PyObject *self)
 
 static void ring_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     ring_clear(self);
     Py_CLEAR(((Ring *)self)->users);
     Py_CLEAR(((Ring *)self)->buffers);
     Py_CLEAR(((Ring *)self)->table);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMethodDef ring_methods[] = {
@@ -305,15 +301,11 @@ static int buffer_clear(PyObject *self)
 
 static void buffer_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     buffer_clear(self);
     Py_CLEAR(((Buffer *)self)->copy);
     Py_CLEAR(((Buffer *)self)->ring);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMethodDef buffer_methods[] = {
@@ -658,15 +650,11 @@ static int receiver_clear(PyObject *self)
 
 static void receiver_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     receiver_clear(self);
     Py_CLEAR(((Receiver *)self)->sender);
     Py_CLEAR(((Receiver *)self)->messages);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyObject *get_ledger(PyObject *self, void *unused)

@@ -43,14 +43,10 @@ static int grant_clear(PyObject *self)
 
 static void grant_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     grant_clear(self);
     Py_CLEAR(((Grant *)self)->name);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMemberDef grant_members[] = {
@@ -106,13 +102,9 @@ static int region_traverse(PyObject *self, visitproc visit, void *arg)
 
 static void region_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     Py_CLEAR(((Region *)self)->grant);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMemberDef region_members[] = {

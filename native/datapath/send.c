@@ -74,17 +74,8 @@ int group_completed(Group *group, const struct glue_wc *wc)
     return rc;
 }
 
-static void group_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
-    free_object(self);
-    Py_DECREF((PyObject *)type);
-}
-
 static PyType_Slot group_slots[] = {
-    {Py_tp_dealloc, group_dealloc},
+    {Py_tp_dealloc, object_free},
     {Py_tp_doc, "Messages that one completion stands for."},
     {0, NULL},
 };
@@ -619,8 +610,6 @@ static int sender_clear(PyObject *self)
 static void sender_dealloc(PyObject *self)
 {
     Sender *sender = (Sender *)self;
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
     PyObject_GC_UnTrack(self);
     if (sender->table)
@@ -638,8 +627,7 @@ static void sender_dealloc(PyObject *self)
     Py_CLEAR(sender->staging);
     Py_CLEAR(sender->table);
     PyMem_Free(sender->frames);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyObject *get_ledger(PyObject *self, void *unused)

@@ -99,15 +99,6 @@ static int governor_init(PyObject *self, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
-static void governor_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
-    free_object(self);
-    Py_DECREF((PyObject *)type);
-}
-
 static PyMethodDef governor_methods[] = {
     {"learn", learn, METH_O, "learn(elapsed_ns): an operation took this long from posting to completion."},
     {"hit", hit, METH_O, "hit(found): an inline spin found its completion, or not."},
@@ -125,7 +116,7 @@ static PyMemberDef governor_members[] = {
 
 static PyType_Slot governor_slots[] = {
     {Py_tp_init, governor_init},
-    {Py_tp_dealloc, governor_dealloc},
+    {Py_tp_dealloc, object_free},
     {Py_tp_methods, governor_methods},
     {Py_tp_members, governor_members},
     {Py_tp_doc,

@@ -391,15 +391,11 @@ static int table_clear(PyObject *self)
 
 static void table_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     table_clear(self);
     PyMem_Free(((Table *)self)->slots);
     PyMem_Free(((Table *)self)->free);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMethodDef table_methods[] = {

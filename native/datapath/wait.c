@@ -221,14 +221,10 @@ static int wait_clear(PyObject *self)
 
 static void wait_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     wait_clear(self);
     Py_CLEAR(((Wait *)self)->table);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMethodDef wait_methods[] = {

@@ -533,16 +533,12 @@ static int write_clear(PyObject *self)
 
 static void write_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
     PyObject_GC_UnTrack(self);
     if (((Write *)self)->weakrefs)
         PyObject_ClearWeakRefs(self);
     write_clear(self);
     Py_CLEAR(((Write *)self)->sender);
-    free_object(self);
-    Py_DECREF((PyObject *)type);
+    object_free(self);
 }
 
 static PyMethodDef write_methods[] = {
@@ -601,17 +597,8 @@ static PyObject *ready_next(PyObject *self)
     return NULL; /* the end, with None as the value */
 }
 
-static void ready_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
-
-    free_object(self);
-    Py_DECREF((PyObject *)type);
-}
-
 static PyType_Slot ready_slots[] = {
-    {Py_tp_dealloc, ready_dealloc},
+    {Py_tp_dealloc, object_free},
     {Py_tp_iter, PyObject_SelfIter},
     {Py_tp_iternext, ready_next},
     {Py_tp_doc, "What the await of something that is done iterates over."},
