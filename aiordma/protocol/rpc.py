@@ -324,13 +324,14 @@ def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> Call
         raise ProtocolError(f"RPC call of unknown kind {variant}")
     if not 1 <= length <= MAX_METHOD:
         raise ProtocolError(f"RPC call of a method whose name has {length} bytes")
-    _, _, _, _, timeout, metadata_length = _unpack(CALL_HEADER, data)
+    timeout, metadata_length = _unpack(CALL_HEADER, data)[4:]
     if timeout > MAX_TIMEOUT:
         raise ProtocolError(f"RPC call with a timeout of {timeout} microseconds")
     word, metadata, payload = _split(data, CALL_HEADER.size, length, metadata_length)
+    kind = _CALL_KINDS[variant]
     if variant & 1 and len(payload):
         raise ProtocolError(f"RPC call with a stream of requests, and {len(payload)} bytes of payload")
-    return CallFrame(call_id, _text(word, "method"), _CALL_KINDS[variant], payload, timeout, metadata)
+    return CallFrame(call_id, _text(word, "method"), kind, payload, timeout, metadata)
 
 
 def _decode_status(data: Payload, variant: int, length: int, call_id: int) -> StatusFrame:

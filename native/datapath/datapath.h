@@ -184,7 +184,6 @@ typedef struct {
     int count;   /* messages posted with it */
     int staged;  /* of these, in staging buffers */
     char entered;
-    char closed; /* its last message is posted, and signaled */
 } Group;
 
 /* What the peer announced under a name. */
@@ -247,7 +246,7 @@ struct Sender {
     PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
     Group *groups[GROUPS];
     unsigned int group;     /* the one that is filled now */
-    unsigned int closed;    /* groups whose completion has yet to come */
+    unsigned int closed;    /* groups whose last message is posted, and whose completion has yet to come */
     unsigned int in_flight; /* messages queued here or in a group that has not completed */
     unsigned int queued;
     unsigned int eager;     /* bytes of a message that goes this way; agreed with the peer */

@@ -34,18 +34,24 @@ int sender_control(Sender *sender)
     return call_none((PyObject *)sender, name_send_control);
 }
 
-/* The first `count` staging buffers that we hold; that may call others who wait for one. */
+/* A staging buffer is not needed any more; that may call others who wait for one. */
+static void give_buffer(Sender *sender, PyObject *buffer)
+{
+    PyObject *result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
+
+    if (!result)
+        table_unraisable(sender->table);
+    Py_XDECREF(result);
+    Py_DECREF(buffer);
+}
+
+/* The first `count` that we hold. */
 static void give_back(Sender *sender, Py_ssize_t count)
 {
-    PyObject *buffer, *result;
+    PyObject *buffer;
 
-    while (count-- && (buffer = objects_pop(&sender->staged))) {
-        result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
-        if (!result)
-            table_unraisable(sender->table);
-        Py_XDECREF(result);
-        Py_DECREF(buffer);
-    }
+    while (count-- && (buffer = objects_pop(&sender->staged)))
+        give_buffer(sender, buffer);
 }
 
 int group_completed(Group *group, const struct glue_wc *wc)
@@ -66,7 +72,7 @@ int group_completed(Group *group, const struct glue_wc *wc)
     } else {
         sender->in_flight -= (unsigned int)group->count;
         sender->closed--;
-        group->count = group->staged = group->closed = 0;
+        group->count = group->staged = 0;
         give_back(sender, staged);
         rc = sender_pump(sender);
     }
@@ -93,7 +99,6 @@ PyType_Spec group_spec = {
 static void close_group(Sender *sender, struct ibv_send_wr *wr)
 {
     wr->send_flags |= IBV_SEND_SIGNALED;
-    sender->groups[sender->group]->closed = 1;
     sender->closed++;
     sender->group = (sender->group + 1) % GROUPS;
 }
@@ -281,7 +286,7 @@ static int locate(PyObject *buffer, struct frame *frame)
 static int take_buffer(Sender *sender, struct frame *frame)
 {
     PyObject *buffer = PyObject_CallMethodObjArgs(sender->staging, name_take, (PyObject *)sender, NULL);
-    PyObject *result;
+    PyObject *type, *value, *traceback;
     int rc;
 
     if (!buffer)
@@ -294,17 +299,13 @@ static int take_buffer(Sender *sender, struct frame *frame)
     rc = locate(buffer, frame) ? -1 : may_send(sender);
     if (rc > 0 && objects_append(&sender->staged, buffer))
         rc = -1;
-    if (rc <= 0) {
-        PyObject *type, *value, *traceback;
-
-        PyErr_Fetch(&type, &value, &traceback);
-        result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
-        if (!result)
-            table_unraisable(sender->table);
-        Py_XDECREF(result);
-        PyErr_Restore(type, value, traceback);
+    if (rc > 0) {
+        Py_DECREF(buffer);
+        return rc;
     }
-    Py_DECREF(buffer);
+    PyErr_Fetch(&type, &value, &traceback);
+    give_buffer(sender, buffer);
+    PyErr_Restore(type, value, traceback);
     return rc;
 }
 
@@ -313,11 +314,10 @@ static int take_buffer(Sender *sender, struct frame *frame)
 static int send_message(Sender *sender, const struct frame *place, const Py_buffer *data)
 {
     struct frame *frame = &sender->frame[sender->queued];
-    unsigned char *at = sender->frames + sender->queued * sender->stride;
+    unsigned char *at = place->address ? (unsigned char *)(uintptr_t)place->address
+                                       : sender->frames + sender->queued * sender->stride;
     uint32_t credits[2], nbytes = (uint32_t)data->len, length = htonl(nbytes);
 
-    if (place->address)
-        at = (unsigned char *)(uintptr_t)place->address;
     if (ledger_send_data(sender->ledger))
         return -1;
     sender->in_flight++;

@@ -13,12 +13,9 @@
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
 
 enum {
-    HUGE = 2 << 20,         /* bytes of a huge page (x86, and ARM with pages of 4 KiB) */
+    HUGE = 2 << 20,              /* bytes of a huge page (x86, and ARM with pages of 4 KiB) */
     AT_ONCE = 8 * HUGE,          /* bytes: each time the kernel is asked, it waits for all processors first */
     PATIENCE = 10 * 1000 * 1000, /* ns, all in all, that they may take longer than the pages they stand for: */
     AS_PAGES = 1000 * 1000,      /* so many, for one */
@@ -52,6 +49,7 @@ bool slab_find(const uint8_t *at, uint64_t length, struct slab *slab)
 void *slab_map(int fd, size_t size)
 {
     uint8_t *room, *at;
+    uintptr_t start;
     size_t before;
 
     if (size < HUGE)
@@ -67,7 +65,7 @@ void *slab_map(int fd, size_t size)
     }
     if (before)
         munmap(room, before);
-    size = (size + (size_t)sysconf(_SC_PAGESIZE) - 1) & -(size_t)sysconf(_SC_PAGESIZE);
+    memory_pages(at, size, &start, &size);
     munmap(at + size, HUGE - before);
     return at;
 }
@@ -84,7 +82,7 @@ static void take_huge_pages(uint8_t *at, size_t size)
     for (; size && now_ns() < until; at += part, size -= part, until += AS_PAGES * (part / HUGE)) {
         part = size < AT_ONCE ? size : AT_ONCE;
         for (size_t i = 0; i < part; i += HUGE)
-            if (madvise(at + i, 1, MADV_POPULATE_WRITE))
+            if (memory_make_present(at + i, 1, true))
                 return;
         if (madvise(at, part, MADV_COLLAPSE))
             return;
