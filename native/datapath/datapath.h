@@ -251,7 +251,7 @@ struct Sender {
     unsigned int queued;
     unsigned int eager;     /* bytes of a message that goes this way; agreed with the peer */
     size_t stride;
-    unsigned char *frames;  /* FRAMES of `stride` bytes */
+    unsigned char *frames;  /* FRAMES of `stride` bytes; NULL until the first is gathered */
     PyObject *staging;      /* StagingPool */
     struct objects staged;  /* its buffers that we hold, in the order of their messages */
     struct frame frame[FRAMES];

@@ -256,15 +256,24 @@ static int go_out(Sender *sender)
     return sender_flush(sender);
 }
 
+/* Where inline data is gathered. Most connections of a server are idle, and some never send: none until one does. */
+static bool has_frames(Sender *sender)
+{
+    if (!sender->frames && sender->stride)
+        sender->frames = PyMem_Malloc(FRAMES * sender->stride);
+    return sender->frames || !sender->stride;
+}
+
 /* What is gathered fills at most the rest of a group, and FRAMES / GROUP more. */
 #define CLOSED (GROUPS - FRAMES / GROUP - 1)
 
-static bool may_send(const Sender *sender)
+static bool may_send(Sender *sender)
 {
     const Ledger *ledger = sender->ledger;
 
     return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
-           sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender) && table_here(sender->table);
+           sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender) &&
+           table_here(sender->table) && has_frames(sender);
 }
 
 /* Where a staging buffer is. -1 and an exception. */
@@ -361,10 +370,10 @@ static PyObject *send_now(PyObject *self, PyObject *data)
 }
 
 /* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
-static bool may_write(const Sender *sender, PyObject *region)
+static bool may_write(Sender *sender, PyObject *region)
 {
     return sender->open && sender->writes < WRITES && PyObject_TypeCheck(region, region_type) &&
-           PyObject_Size(sender->slot_queue) == 0 && table_here(sender->table);
+           PyObject_Size(sender->slot_queue) == 0 && table_here(sender->table) && has_frames(sender);
 }
 
 /* Whether a write of this object goes this way; its buffer, which the caller releases. */
@@ -549,14 +558,8 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
     }
     if (make_groups(sender))
         return -1;
-    if (max_inline >= HEADER_SIZE) {
-        sender->frames = PyMem_Malloc(FRAMES * max_inline);
-        if (!sender->frames) {
-            PyErr_NoMemory();
-            return -1;
-        }
+    if (max_inline >= HEADER_SIZE)
         sender->stride = max_inline;
-    }
     sender->qp = (struct ibv_qp *)(uintptr_t)qp;
     sender->cq = (struct ibv_cq *)(uintptr_t)cq;
     sender->connection = Py_NewRef(connection);
