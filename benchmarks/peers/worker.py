@@ -94,10 +94,11 @@ class Meter:
 
 
 async def ask(client: Client, data: bytes, end: int) -> list[int]:
-    """Requests one after the other until ``end``; a time stamp before the first, and one after each."""
+    """Requests one after the other until ``end``, one at least: a connection may be made for it, which is then
+    no part of what is measured later. A time stamp before the first, and one after each."""
     request = client.request
     stamps = [_now_ns()]
-    while stamps[-1] < end:
+    while len(stamps) == 1 or stamps[-1] < end:
         if await request(data) != data:
             raise WrongAnswer("an answer differs from its request")
         stamps.append(_now_ns())
