@@ -319,6 +319,20 @@ def plain_reply(data: bytes) -> tuple[int, bytes] | None:
     return call_id, data[STATUS_HEADER.size :]
 
 
+def plain_call(data: bytes) -> tuple[int, str, bytes] | None:
+    """Call, method and request of a unary call that has neither timeout nor metadata; None for all other frames,
+    which :func:`decode` takes apart."""
+    if len(data) < CALL_HEADER.size:
+        return None
+    kind, variant, length, call_id, timeout, metadata_length = CALL_HEADER.unpack_from(data)
+    end = CALL_HEADER.size + length
+    if kind != _CALL or variant or timeout or metadata_length:
+        return None
+    if not 1 <= length <= MAX_METHOD or end > len(data):
+        return None
+    return call_id, _text(data[CALL_HEADER.size : end], "method"), data[end:]
+
+
 def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> CallFrame:
     if variant >= len(_CALL_KINDS):
         raise ProtocolError(f"RPC call of unknown kind {variant}")

@@ -106,7 +106,8 @@ class Admission(Generic[T]):
         """The handler has ended and the answer has left: its place at the connection is free. Call
         :meth:`next_call` then."""
         lane.unanswered -= 1
-        self._enrol(lane)
+        if lane.waiting:
+            self._enrol(lane)
 
     def next_call(self) -> T | None:
         """A call that waited and runs now, or None when there is none or no place for it."""

@@ -251,7 +251,7 @@ class CalleeCalls(Generic[T]):
         does not fit the kind of call, comes after the end, or beyond the window.
         """
         if isinstance(frame, CallFrame):
-            return self._begin(frame, now)
+            return self.begin(frame.call_id, frame.kind, now + frame.timeout / 1e6 if frame.timeout else None)
         if isinstance(frame, StatusFrame):
             raise ProtocolError("RPC client sent a StatusFrame, which only servers send")
         call = self._calls.get(frame.call_id)
@@ -270,12 +270,12 @@ class CalleeCalls(Generic[T]):
             call.receive_window.received(len(frame.payload))
         return call
 
-    def _begin(self, frame: CallFrame, now: float) -> CalleeCall[T]:
-        if frame.call_id in self._calls:
-            raise ProtocolError(f"RPC call with id {frame.call_id}, which is in use")
-        deadline = now + frame.timeout / 1e6 if frame.timeout else None
-        call: CalleeCall[T] = CalleeCall(frame.call_id, frame.kind, deadline)
-        self._calls[frame.call_id] = call
+    def begin(self, call_id: int, kind: CallKind, deadline: float | None) -> CalleeCall[T]:
+        """A call has come. Raises :class:`ProtocolError` for an id in use."""
+        if call_id in self._calls:
+            raise ProtocolError(f"RPC call with id {call_id}, which is in use")
+        call: CalleeCall[T] = CalleeCall(call_id, kind, deadline)
+        self._calls[call_id] = call
         return call
 
     def answer(self, call: CalleeCall[T]) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
-from ..protocol.rpc import CallFrame, CallKind, Metadata, Payload, StatusCode, encode_metadata
+from ..protocol.rpc import CallKind, Metadata, Payload, StatusCode, encode_metadata
 from ..protocol.rpc_calls import CalleeCall
 from ..transport import Connection
 from .codec import InvalidMessage
@@ -72,10 +72,11 @@ class ServerContext:
         "_answer",
         "_call",
         "_ended",
-        "_frame",
         "_incoming",
+        "_metadata",
         "_method",
         "_outgoing",
+        "_payload",
         "_placed",
         "_serving",
         "_task",
@@ -84,22 +85,30 @@ class ServerContext:
     )
 
     def __init__(
-        self, serving: Serving, call: CalleeCall[ServerContext], frame: CallFrame, method: Method
+        self,
+        serving: Serving,
+        call: CalleeCall[ServerContext],
+        method: Method,
+        payload: Payload,
+        metadata: Metadata,
     ) -> None:
         self._serving = serving
         self._call = call
-        self._frame = frame
         self._method = method
+        self._payload = payload  # until the handler runs
+        self._metadata = metadata
         self._task: asyncio.Task[Payload] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._answer: Sent | None = None  # the status, on its way
         self._ended: RpcError | None = None  # why the call has ended while its handler runs
         self._placed = False  # holds a place of the limits
         self._trailing = b""
-        loop, connection, call_id = serving.loop, serving.connection, call.call_id
-        window, back = call.receive_window, call.send_window
-        self._incoming = Incoming(loop, connection, window, call_id) if window else None
-        self._outgoing = Outgoing(loop, connection, back, call_id) if back else None
+        self._incoming: Incoming | None = None
+        self._outgoing: Outgoing | None = None
+        if call.receive_window is not None:
+            self._incoming = Incoming(serving.loop, serving.connection, call.receive_window, call.call_id)
+        if call.send_window is not None:
+            self._outgoing = Outgoing(serving.loop, serving.connection, call.send_window, call.call_id)
 
     # --- what the caller said ------------------------------------------------------------------------
 
@@ -116,7 +125,7 @@ class ServerContext:
     @property
     def metadata(self) -> Metadata:
         """The caller's; keys that end in ``-bin`` have bytes, others text."""
-        return self._frame.metadata
+        return self._metadata
 
     @property
     def peer(self) -> str:
@@ -199,22 +208,18 @@ class ServerContext:
     async def _run(self, handler: Callable[[Any, ServerContext], Any]) -> Payload:
         """Runs the handler; whatever is wrong with it, down to its result, is an exception of this task."""
         kind = self._method.kind
-        payload, self._frame.payload = self._frame.payload, b""  # not held while the handler runs
+        payload, self._payload = self._payload, b""  # not held while the handler runs
         request: Any = Requests(self) if kind & 1 else self._decode(payload)
         del payload
         reply = await handler(request, self)
         if not kind & 2:
             encoded = self._encode(reply)
-            self._serving.answer(self, encoded)  # a turn of the loop before the task has ended
+            if self._ended is None:
+                self._serving.answer(self, None, encoded)  # a turn of the loop before the task has ended
             return encoded
         if reply is not None:
             raise InvalidReplyError(f"a stream's handler returned {type(reply).__name__}, not None")
         return b""
-
-    def _set_deadline(self, expired: Callable[[ServerContext], None]) -> None:
-        deadline = self._call.deadline
-        if deadline is not None:
-            self._timer = self._serving.loop.call_at(deadline, expired, self)
 
     def _close(self, error: RpcError) -> None:
         """The call has its status: nothing more comes in, nothing more goes out."""

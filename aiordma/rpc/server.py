@@ -180,9 +180,6 @@ class RpcServer:
         while (context := self.admission.next_call()) is not None:
             context._serving.start(context)
 
-    def _count(self, code: StatusCode) -> None:
-        self._codes[code] += 1
-
     # --- the end -------------------------------------------------------------------------------------
 
     async def drain(self, grace: float | None = None) -> bool:

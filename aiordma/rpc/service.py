@@ -32,7 +32,7 @@ import inspect
 import types
 import typing
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ..errors import MisuseError
@@ -61,6 +61,10 @@ class Method:
     reply: Codec
     description: str = ""
     exempt: bool = False  # not counted against limits, served while draining: health and reflection
+    task_name: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task_name", f"aiordma RPC {self.name}")
 
 
 class _Decorator:

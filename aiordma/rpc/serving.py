@@ -28,18 +28,22 @@ from ..errors import (
 from ..large_messages import LargeSend
 from ..protocol.rpc import (
     CallFrame,
+    CallKind,
     CancelFrame,
     EndFrame,
     MessageFrame,
+    Metadata,
     Payload,
     StatusCode,
     WindowFrame,
     decode,
+    plain_call,
     status_head,
 )
 from ..protocol.rpc_admission import Lane, Verdict
 from ..protocol.rpc_calls import CalleeCall, CalleeCalls
 from ..transport import Connection
+from .codec import COPY_LIMIT
 from .context import InvalidReplyError, ServerContext
 from .errors import RpcError
 from .pacing import Sent, send_frame, slices
@@ -85,6 +89,9 @@ class Serving:
         if self._breach is not None:
             return None
         try:
+            if len(message) <= COPY_LIMIT and (plain := plain_call(message)) is not None:
+                call_id, method, payload = plain
+                return self._begin(self._calls.begin(call_id, CallKind.UNARY, None), method, payload, {})
             frame = decode(slices(message))
             call = self._calls.received(frame, self.loop.time())
         except ProtocolError as error:
@@ -94,7 +101,7 @@ class Serving:
         if call is None:
             return None
         if isinstance(frame, CallFrame):
-            return self._begin(frame, call)
+            return self._begin(call, frame.method, frame.payload, frame.metadata)
         context = call.owner
         assert context is not None
         if isinstance(frame, MessageFrame):
@@ -129,9 +136,11 @@ class Serving:
 
     # --- a call begins -------------------------------------------------------------------------------
 
-    def _begin(self, frame: CallFrame, call: CalleeCall[ServerContext]) -> Sent | None:
+    def _begin(
+        self, call: CalleeCall[ServerContext], method: str, payload: Payload, metadata: Metadata
+    ) -> Sent | None:
         try:
-            context = call.owner = self._admit(frame, call)
+            context = call.owner = self._admit(call, method, payload, metadata)
         except RpcError as error:
             self.server.refused += 1
             return self._send_status(call, error.code, error.details, b"", b"")
@@ -139,22 +148,25 @@ class Serving:
         longest = self.server.max_call_time
         if longest is not None:
             call.limit(self.loop.time() + longest)
-        context._set_deadline(self._expired)
+        if call.deadline is not None:
+            context._timer = self.loop.call_at(call.deadline, self._expired, context)
         return None
 
-    def _admit(self, frame: CallFrame, call: CalleeCall[ServerContext]) -> ServerContext:
+    def _admit(
+        self, call: CalleeCall[ServerContext], name: str, payload: Payload, metadata: Metadata
+    ) -> ServerContext:
         """Raises :class:`RpcError` for a call that is refused."""
         server = self.server
-        method = server.method(frame.method)
+        method = server.method(name)
         if method is None:
-            raise RpcError(StatusCode.UNIMPLEMENTED, f"there is no method {frame.method!r}")
-        if method.kind != frame.kind:
+            raise RpcError(StatusCode.UNIMPLEMENTED, f"there is no method {name!r}")
+        if method.kind != call.kind:
             raise RpcError(
                 StatusCode.UNIMPLEMENTED,
-                f"{frame.method!r} is {method.kind.name}, and was called as {frame.kind.name}",
+                f"{name!r} is {method.kind.name}, and was called as {call.kind.name}",
             )
-        self.check_size(frame.payload, "a request")
-        context = ServerContext(self, call, frame, method)
+        self.check_size(payload, "a request")
+        context = ServerContext(self, call, method, payload, metadata)
         if method.exempt:
             if self._exempt >= _MAX_EXEMPT:
                 raise RpcError(StatusCode.RESOURCE_EXHAUSTED, f"{self._exempt} calls of {method.name!r} run")
@@ -162,7 +174,7 @@ class Serving:
             return context
         if server.draining:
             raise RpcError(StatusCode.UNAVAILABLE, "the server is shutting down")
-        verdict, reason = server.admission.offer(self.lane, context, len(frame.payload))
+        verdict, reason = server.admission.offer(self.lane, context, len(payload))
         if verdict is Verdict.REFUSED:
             raise RpcError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: {reason}")
         if verdict is Verdict.RUN:
@@ -171,14 +183,15 @@ class Serving:
 
     def start(self, context: ServerContext) -> None:
         """Runs the handler in a task. The call has its place in the limits, or needs none."""
-        if context._method.exempt:
+        method = context._method
+        if method.exempt:
             self._exempt += 1
         else:
             context._placed = True
-        handler = self.server.handler(context._method)
+        handler = self.server.handler(method)
         task = self.loop.create_task(
             context._run(handler),
-            name=f"aiordma RPC {context._method.name}",
+            name=method.task_name,
             context=self._context.copy(),
         )
         context._task = task
@@ -194,9 +207,10 @@ class Serving:
             self._exempt -= 1
         else:
             self.server.admission.handler_ended(self.lane)
-        error = self._error(context, task)
-        if context._ended is None:
-            self._answer(context, error, task.result() if error is None else b"")
+        if context._ended is not _ENDED:
+            error = self._error(context, task)
+            if context._ended is None:
+                self.answer(context, error, task.result() if error is None else b"")
         self._leave_when_answered(context)
         if self.server.admission.waiting:
             self.server._start_waiting()
@@ -237,19 +251,15 @@ class Serving:
     def stop(self, context: ServerContext, error: RpcError) -> None:
         """Ends a call before its handler does: answers it, and cancels the handler if it runs."""
         if context._ended is None:
-            self._answer(context, error, b"")
+            self.answer(context, error, b"")
         if context._task is not None:
             context._task.cancel()
         else:
             self.server.admission.withdraw(self.lane, context)
             self._leave_when_answered(context)
 
-    def answer(self, context: ServerContext, payload: Payload) -> None:
-        """The handler has a result: it is the answer, unless the call was answered before."""
-        if context._ended is None:
-            self._answer(context, None, payload)
-
-    def _answer(self, context: ServerContext, error: RpcError | None, payload: Payload) -> None:
+    def answer(self, context: ServerContext, error: RpcError | None, payload: Payload) -> None:
+        """The answer to a call that had none before: what its handler has returned, or why it has not."""
         call = context._call
         if error is None:
             code, details, error = StatusCode.OK, "", _ENDED
@@ -268,7 +278,7 @@ class Serving:
     ) -> Sent | None:
         if not self._calls.answer(call):
             return None
-        self.server._count(code)
+        self.server._codes[code] += 1
         if self.connection.is_closing():
             return None
         try:

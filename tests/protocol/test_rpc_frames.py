@@ -27,6 +27,7 @@ from aiordma.protocol.rpc import (
     decode_metadata,
     encode,
     encode_metadata,
+    plain_call,
     plain_reply,
     status_head,
 )
@@ -69,6 +70,31 @@ def test_a_plain_reply_is_a_status_with_nothing_else(frame: Frame) -> None:
         assert reply == (frame.call_id, frame.payload)
     else:
         assert reply is None
+
+
+@given(FRAMES)
+def test_a_plain_call_is_a_unary_call_with_nothing_else(frame: Frame) -> None:
+    call = plain_call(encode(frame))
+    if isinstance(frame, CallFrame) and not (frame.kind or frame.timeout or frame.metadata):
+        assert call == (frame.call_id, frame.method, frame.payload)
+    else:
+        assert call is None
+
+
+@given(FRAMES.map(encode), st.data())
+def test_what_looks_like_a_plain_call_is_one(data: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(data)
+    damaged[draw.draw(st.integers(0, min(len(data), 24) - 1))] = draw.draw(st.integers(0, 255))
+    damaged = damaged[: draw.draw(st.integers(0, len(damaged)))]
+    try:
+        call = plain_call(bytes(damaged))
+    except ProtocolError:
+        with pytest.raises(ProtocolError):
+            decode(bytes(damaged))
+        return
+    if call is not None:
+        call_id, method, payload = call
+        assert decode(bytes(damaged)) == CallFrame(call_id, method, payload=payload)
 
 
 @given(st.binary(max_size=64))
