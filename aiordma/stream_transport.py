@@ -222,7 +222,7 @@ class RdmaTransport(transports._FlowControlMixin):
             self._taking = self._loop.create_task(self._received(data), name=name)
             return self._taking
         received: Callable[[bytes], None] = self._protocol.data_received  # type: ignore[attr-defined]
-        self._guarded("data_received", partial(self._context.run, received, data))
+        self._guarded("data_received", self._context.run, received, data)
         return None
 
     async def _received(self, data: bytes) -> None:
@@ -250,17 +250,17 @@ class RdmaTransport(transports._FlowControlMixin):
             return self._fill(protocol, rest)
         data = data if len(rest) == len(data) else bytes(rest)
         self._held = 0
-        self._guarded("data_received", partial(protocol.data_received, data))  # type: ignore[attr-defined]
+        self._guarded("data_received", protocol.data_received, data)  # type: ignore[attr-defined]
         return rest[:0]
 
     def _fill(self, protocol: asyncio.BufferedProtocol, rest: memoryview) -> memoryview:
-        buffer = self._guarded("get_buffer", partial(_get_buffer, protocol))
+        buffer = self._guarded("get_buffer", _get_buffer, protocol)
         if buffer is None:
             return rest[:0]
         nbytes = min(len(buffer), len(rest))
         buffer[:nbytes] = rest[:nbytes]
         self._held -= nbytes
-        self._guarded("buffer_updated", partial(protocol.buffer_updated, nbytes))
+        self._guarded("buffer_updated", protocol.buffer_updated, nbytes)
         return rest[nbytes:]
 
     def _end_of_stream(self) -> None:
@@ -284,10 +284,10 @@ class RdmaTransport(transports._FlowControlMixin):
         """The connection ended out of order."""
         self._force_close(self._write_error or stream_error(error))
 
-    def _guarded(self, name: str, call: Callable[[], T]) -> T | None:
+    def _guarded(self, name: str, call: Callable[..., T], *args: Any) -> T | None:
         """A callback of the protocol; what it raises ends the connection, and only that."""
         try:
-            return call()
+            return call(*args)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -309,23 +309,19 @@ class RdmaTransport(transports._FlowControlMixin):
         if self._closing or self._write_error is not None:
             self._dropped_write()
             return
-        if not self._flush_due:
-            # The first write of a turn leaves at once, those that follow are gathered.
-            self._flush_due = True
-            self._loop.call_soon(self._flush_turn)
-            if self._out.idle and not self._in_flight and self._connection.send_now(chunk):
-                return
-            self._out.add(chunk)
+        # The first write of a turn leaves at once, those that follow are gathered.
+        first = not self._flush_due and not self._connection.sent_in_turn
+        if first and self._out.idle and not self._in_flight and self._connection.send_now(chunk):
+            return
+        self._out.add(chunk)
+        self._flush_at_turn()
+        if first:
             self._post_pending()
-        else:
-            self._out.add(chunk)
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:
         """Writes them all, gathered: none leaves before the last one is there."""
-        if not self._flush_due:
-            self._flush_due = True
-            self._loop.call_soon(self._flush_turn)
+        self._flush_at_turn()
         for data in list_of_data:
             self.write(data)
 
@@ -353,6 +349,12 @@ class RdmaTransport(transports._FlowControlMixin):
         self._conn_lost += bool(self._conn_lost)
         if self._conn_lost > _SILENT_WRITES:
             logger.warning("%r: write() on a connection that is lost or closing", self)
+
+    def _flush_at_turn(self) -> None:
+        """What is written until then goes out together."""
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush_turn)
 
     def _flush_turn(self) -> None:
         self._flush_due = False

@@ -419,6 +419,11 @@ class Connection:
         says what is wrong."""
         return self._sends.send_now(data)
 
+    @property
+    def sent_in_turn(self) -> bool:
+        """True when a small message has left in this turn of the event loop: the next ones are gathered."""
+        return self._sends.sent_in_turn
+
     def flush(self) -> asyncio.Future[None]:
         """Done when the peer's device has every message whose :meth:`send` was done before.
 

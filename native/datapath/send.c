@@ -661,8 +661,17 @@ static PyMethodDef sender_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyObject *get_sent_in_turn(PyObject *self, void *unused)
+{
+    const Sender *sender = (Sender *)self;
+
+    (void)unused;
+    return PyBool_FromLong(sender->turn == sender->table->turn);
+}
+
 static PyGetSetDef sender_getset[] = {
     {"ledger", get_ledger, set_ledger, "The credits; None until the handshake is over.", NULL},
+    {"sent_in_turn", get_sent_in_turn, NULL, "Whether something has gone out in this turn of the loop.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
