@@ -133,8 +133,9 @@ async def _timed_echoes(many: list[Connection], data: bytes, seconds: float) -> 
 
 
 async def idle(options: Options) -> Figures:
-    """Ten times as long as the others, a second at least: the two reports themselves take a millisecond."""
-    seconds = max(1.0, 10 * options["seconds"])
+    """Forty times as long as the others, a second at least: the two reports themselves take a millisecond, and
+    adaptive mode polls for another after each."""
+    seconds = max(1.0, 40 * options["seconds"])
     async with (
         where(options).connection(Setup("control")) as (control, _),
         where(options).connection(Setup("echo", SMALL)) as (connection, _),
