@@ -170,7 +170,7 @@ class RdmaTransport(transports._FlowControlMixin):
 
     def resume_reading(self) -> None:
         """The opposite. Idempotent."""
-        if not self._closing:
+        if not self._closing and not self._can_read.is_set():
             self._can_read.set()
             if self._resumed is not None and not self._resumed.done():
                 self._resumed.set_result(None)
@@ -310,9 +310,10 @@ class RdmaTransport(transports._FlowControlMixin):
             self._dropped_write()
             return
         # The first write of a turn leaves at once, those that follow are gathered.
-        first = not self._flush_due and not self._connection.sent_in_turn
-        if first and self._out.idle and not self._in_flight and self._connection.send_now(chunk):
+        ready = self._out.idle and not self._in_flight and not self._flush_due
+        if ready and self._connection.send_first(chunk):
             return
+        first = not self._flush_due and not self._connection.sent_in_turn
         self._out.add(chunk)
         self._flush_at_turn()
         if first:

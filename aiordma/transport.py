@@ -414,14 +414,14 @@ class Connection:
         operation.credit = True
         return self._sends.submit(operation)
 
-    def send_now(self, data: Any) -> bool:
-        """Sends a small message if nothing holds it up; else does nothing, and says False: :meth:`send` waits, and
-        says what is wrong."""
-        return self._sends.send_now(data)
+    def send_first(self, data: Any) -> bool:
+        """Sends a small message if it is the first in this turn of the event loop and nothing holds it up; else
+        does nothing, and says False: :meth:`send` waits, and says what is wrong."""
+        return not self._sends.sent_in_turn and self._sends.send_now(data)
 
     @property
     def sent_in_turn(self) -> bool:
-        """True when a small message has left in this turn of the event loop: the next ones are gathered."""
+        """True when a small message has left in this turn of the event loop: those that follow are gathered."""
         return self._sends.sent_in_turn
 
     def flush(self) -> asyncio.Future[None]:
