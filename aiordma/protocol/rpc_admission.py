@@ -106,8 +106,7 @@ class Admission(Generic[T]):
         """The handler has ended and the answer has left: its place at the connection is free. Call
         :meth:`next_call` then."""
         lane.unanswered -= 1
-        if lane.waiting:
-            self._enrol(lane)
+        self._enrol(lane)
 
     def next_call(self) -> T | None:
         """A call that waited and runs now, or None when there is none or no place for it."""

@@ -88,16 +88,19 @@ class Serving:
         """A frame of the client. Returns an answer that is to leave before the next frame is read."""
         if self._breach is not None:
             return None
+        plain = None
         try:
             if len(message) <= COPY_LIMIT and (plain := plain_call(message)) is not None:
-                call_id, method, payload = plain
-                return self._begin(self._calls.begin(call_id, CallKind.UNARY, None), method, payload, {})
-            frame = decode(slices(message))
-            call = self._calls.received(frame, self.loop.time())
+                begun = self._calls.begin(plain[0], CallKind.UNARY, None)
+            else:
+                frame = decode(slices(message))
+                call = self._calls.received(frame, self.loop.time())
         except ProtocolError as error:
             self._breach = error
             self.connection.fail(error)  # closes, and tells the client why
             return None
+        if plain is not None:
+            return self._begin(begun, plain[1], plain[2], {})
         if call is None:
             return None
         if isinstance(frame, CallFrame):
