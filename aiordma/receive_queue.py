@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
-from ._native import _datapath, ffi
-from ._native._datapath import Buffer, Governor, Ring
+from ._native import ffi
+from ._native._datapath import Buffer, Governor, Inbox, Ring
 from ._native._memory import Memory
-from .cq_reactor import CqReactor, now_ns
+from .cq_reactor import CqReactor
 from .errors import DeviceError, ProtocolError
 from .mr_pool import Lease
 from .protocol.credit import CreditLedger
@@ -32,66 +32,6 @@ from .shared_receives import SharedRing, SharedUser
 from .verbs import QueuePair, WcOpcode
 
 _RECV_WITH_IMM = int(WcOpcode.RECV_RDMA_WITH_IMM)
-
-T = TypeVar("T")
-
-
-class Inbox(_datapath.Inbox[T]):
-    """Items in order of arrival, and a fair line of those who wait for one."""
-
-    def __init__(
-        self,
-        reactor: CqReactor,
-        spin: Callable[[Any], None] | None,
-        governor: Governor | None,
-        put_back: Callable[[T], object] | None = None,
-    ) -> None:
-        super().__init__(reactor)
-        self.spin = spin
-        self._governor = governor
-        self._return = put_back or self.put_back
-        self._make_error: Callable[[], BaseException] | None = None  # after fail()
-
-    async def wait(self) -> T:
-        """The next item, for a caller that found none.
-
-        The first in line lets the reactor poll before it goes to the event loop. Cancelled: nothing is lost.
-        Raises what :meth:`fail` was given.
-        """
-        if self._make_error is not None:
-            raise self._make_error()
-        started = 0
-        if self.spin is not None and not self.waiting:
-            started = now_ns()
-            self.spin(self)
-            if (found := self.get()) is not None:
-                self._learn(started)
-                return found
-            if self._make_error is not None:
-                raise self._make_error()
-        wait = self.line_up()
-        try:
-            item = await wait
-        except BaseException:
-            if not self.leave_line(wait) and wait.has_item:
-                self.runs()
-                self._return(wait.result())
-            raise
-        self.runs()
-        if started:
-            self._learn(started)
-        return item
-
-    def _learn(self, started: int) -> None:
-        if self._governor is not None:
-            self._governor.learn(now_ns() - started)
-
-    def fail(self, make_error: Callable[[], BaseException]) -> None:
-        """Everyone in line gets an error of their own, and who comes later; those who have their item already keep
-        it, and what lies here can be taken."""
-        self._make_error = make_error
-        for wait in self.drain_line():
-            wait.fail(make_error())
 
 
 class LargeArrivals(Protocol):
@@ -203,20 +143,20 @@ class ReceiveQueue(SharedUser):
         reactor: CqReactor,
         ring: OwnRing | SharedRing,
         sends: SendQueue,
-        spin: Callable[[Any], None] | None,
+        cq: int,
         governor: Governor | None,
         failed: Callable[[int, int, str], None],
         broken: Callable[[DeviceError | ProtocolError], None],
         recall: Callable[[int], None],
     ) -> None:
-        super().__init__(sends, Inbox(reactor, spin, governor, put_back=self.put_back))
+        super().__init__(sends, Inbox(reactor, cq, governor, self.put_back))
         self._sends = sends
         self._failed = failed
         self._broken = broken
         self._recall = recall
         self.ring = ring
         self.shared = ring if isinstance(ring, SharedRing) else None
-        self.notifications: Inbox[int] = Inbox(reactor, spin, governor)
+        self.notifications: Inbox[int] = Inbox(reactor, cq, governor)
         self.large: LargeArrivals | None = None  # set with the ledger
         self.on_idle: Callable[[], None] | None = None
         self._last_taken = False  # a shared queue: the device has told that the queue pair takes no more

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import ipaddress
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
@@ -274,14 +274,11 @@ class Connection:
             broken=self._fail_with,
         )
         arrivals = reactor.arrivals if adaptive else None
-        recv_cq = self._qp.recv_cq.pointer
         self._receives = ReceiveQueue(
             reactor=reactor,
             ring=self._ring(own),
             sends=self._sends,
-            spin=None
-            if config.mode == "event"
-            else lambda inbox: reactor.spin(inbox, recv_cq, arrivals, False),
+            cq=0 if config.mode == "event" else self._qp.recv_cq.pointer,
             governor=arrivals,
             failed=lambda status, vendor_err, kind: self._completion_failed(status, vendor_err, kind, None),
             broken=self._fail_with,
@@ -432,28 +429,23 @@ class Connection:
         self._check_open("flush")
         return self._sends.confirm()
 
-    async def recv(self) -> bytes:
+    def recv(self) -> Coroutine[Any, Any, bytes]:
         """The next message, in the order they were sent; several receivers are served in turn.
 
         After the peer has closed in order, what had arrived is still delivered; then
         :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
         """
-        message = self._receives.take_next()
-        return message if message.__class__ is bytes else await self._recv(message)
+        return self._receives.recv()
 
-    async def _recv(self, message: Taking | None) -> bytes:
-        """:meth:`recv`, when the message has yet to come, or to be read."""
-        self._check_loop()
+    async def _recv_large(self, message: Taking) -> bytes:
+        """:meth:`recv`, when what comes next is a large message (native/datapath/next.c calls this)."""
         receives = self._receives
-        while True:
-            if message is None:
-                message = receives.take(await receives.messages.wait())
-            if message.__class__ is bytes:
-                return message
-            assert isinstance(message, Taking)
-            if not message.withdrawn:
-                return await self._large_receives.receive(message)
-            message = receives.take(receives.messages.get())
+        while message.withdrawn:
+            item: Taking | bytes = receives.take(await receives.messages.wait())
+            if not isinstance(item, Taking):
+                return item
+            message = item
+        return await self._large_receives.receive(message)
 
     async def recv_into(self, buffer: Any) -> int:
         """As :meth:`recv`, into the start of a writable buffer; returns the length of the message in bytes. A
@@ -556,9 +548,7 @@ class Connection:
     def spin(self, future: asyncio.Future[Any]) -> None:
         """Polls for a bounded and learned time for what will make ``future`` done, as an await of :meth:`recv`
         does."""
-        spin = self._receives.messages.spin
-        if spin is not None:
-            spin(future)
+        self._receives.messages.spin(future)
 
     async def _message(self) -> Buffer | bytes | Taking:
         """The next message, where it lies; the caller takes it before it awaits anything."""
@@ -584,14 +574,8 @@ class Connection:
         """Messages until the connection is closed in order; a lost connection raises."""
         return self
 
-    async def __anext__(self) -> bytes:
-        message = self._receives.take_next()
-        if message.__class__ is bytes:
-            return message
-        try:
-            return await self._recv(message)
-        except ConnectionClosedError:
-            raise StopAsyncIteration from None
+    def __anext__(self) -> Coroutine[Any, Any, bytes]:
+        return self._receives.anext()
 
     async def notified(self) -> int:
         """The value of the next notification (``write(..., notify=value)`` at the peer), in order.

@@ -7,6 +7,7 @@
  * ledger.c   Ledger    the counters of protocol/credit.py that move with each frame (the type is in ledger_type.c)
  * inbox.c    Inbox     items in order of arrival, and who waits for them
  * wait.c     Wait      what a task awaits there, and how it is woken
+ * next.c     Next      the await of what comes next there: polls, waits, takes it
  * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
  * send.c     Sender, Group: messages, copied once, several to a doorbell, few of them signaled
@@ -98,6 +99,10 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     Table *table;
+    struct ibv_cq *cq;    /* polled for what is to come; NULL: not inside an await */
+    Governor *governor;   /* or NULL: up to the cap */
+    PyObject *give_back;  /* called with an item whose receiver was cancelled; NULL: it is the next one again */
+    PyObject *make_error; /* after fail(): an error for each who finds nothing */
     struct objects items, waiters;
 } Inbox;
 
@@ -112,10 +117,18 @@ typedef struct {
 
 Wait *wait_new(Table *table);
 int wait_give(Wait *wait, PyObject *item); /* 1: it has it; 0: it waits no more; -1 and an exception */
+int wait_fail(Wait *wait, PyObject *error); /* the wait is over; -1 and an exception */
+PyObject *wait_item(const Wait *wait);     /* what it has got, borrowed, or NULL */
+bool wait_has_task(const Wait *wait);      /* a task is to be woken */
+PySendResult wait_send(PyObject *wait, PyObject *unused, PyObject **value);
+PyObject *sent_as_iterator(PySendResult sent, PyObject *value); /* steals the value; what tp_iternext returns */
 void table_wake(Table *table);             /* calls those in line; only from a callback of the loop */
 
 /* 1: a waiter has the item now, and runs later; 0: it lies in the inbox; -1 and an exception. */
 int inbox_put(Inbox *inbox, PyObject *item, bool front);
+int inbox_spin(Inbox *inbox, bool (*done)(PyObject *), PyObject *what); /* as table_spin() */
+bool inbox_has(PyObject *inbox); /* there is something to take */
+void inbox_runs(Inbox *inbox);   /* a receiver that was woken runs, or was cancelled and does not */
 
 int table_add(Table *table, PyObject *entry, uint64_t *wr_id); /* -1 and MemoryError */
 bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
@@ -136,6 +149,7 @@ struct spin {
 
 /* Polls inside an await; see spin.c. Not reentrant: an await inside a completion does not poll. -1 and an exception. */
 int table_spin(Table *table, const struct spin *spin);
+bool says_done(PyObject *what); /* what.done() */
 void table_unraisable(Table *table); /* the exception that is set goes to on_error */
 
 typedef struct Receiver Receiver;
@@ -176,6 +190,11 @@ struct Receiver {
     long long received;
     char closed, consumes_inline;
 };
+
+PyObject *receiver_take(Receiver *receiver, PyObject *item); /* a message, its buffer posted again, or the item */
+
+/* next.c */
+PyObject *next_new(Inbox *inbox, Receiver *receiver, bool iterates); /* receiver NULL: the item as it is */
 
 typedef struct {
     PyObject_HEAD
@@ -288,8 +307,9 @@ bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /
 
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type;
-extern PyObject *cancelled_error, *invalid_state_error;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type, *next_type;
+extern PyObject *cancelled_error, *invalid_state_error, *closed_error;
+extern PyObject *running_loop;   /* asyncio._get_running_loop */
 extern PyObject *copy_context;   /* contextvars.copy_context */
 extern PyObject *ready_iterator; /* the one Ready */
 extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
@@ -299,6 +319,6 @@ extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *n
     *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
-    governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec;
+    governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec;
 
 #endif

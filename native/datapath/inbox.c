@@ -126,45 +126,77 @@ static PyObject *get(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *line_up(PyObject *self, PyObject *unused)
+bool inbox_has(PyObject *inbox)
+{
+    return ((Inbox *)inbox)->items.count > 0;
+}
+
+int inbox_spin(Inbox *inbox, bool (*done)(PyObject *), PyObject *what)
+{
+    struct spin spin = {.cq = inbox->cq, .governor = inbox->governor, .done = done, .what = what};
+
+    return inbox->cq ? table_spin(inbox->table, &spin) : 0;
+}
+
+void inbox_runs(Inbox *inbox)
+{
+    if (inbox->table->woken)
+        inbox->table->woken--;
+}
+
+static PyObject *spin(PyObject *self, PyObject *what)
+{
+    if (inbox_spin((Inbox *)self, says_done, what))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *wait_for_next(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return next_new((Inbox *)self, NULL, false);
+}
+
+static PyObject *fail(PyObject *self, PyObject *make_error)
 {
     Inbox *inbox = (Inbox *)self;
-    Wait *wait = wait_new(inbox->table);
+    PyObject *wait, *before = inbox->make_error;
+    int rc = 0;
 
-    (void)unused;
-    if (wait && objects_append(&inbox->waiters, (PyObject *)wait))
-        Py_CLEAR(wait);
-    return (PyObject *)wait;
-}
+    inbox->make_error = Py_NewRef(make_error);
+    Py_XDECREF(before);
+    while (!rc && (wait = objects_pop(&inbox->waiters))) {
+        PyObject *error = PyObject_CallFunctionObjArgs(make_error, NULL);
 
-static PyObject *leave_line(PyObject *self, PyObject *wait)
-{
-    return PyBool_FromLong(objects_remove(&((Inbox *)self)->waiters, wait));
-}
-
-/* A receiver that was woken runs (or was cancelled, and does not). */
-static PyObject *runs(PyObject *self, PyObject *unused)
-{
-    Table *table = ((Inbox *)self)->table;
-
-    (void)unused;
-    if (table->woken)
-        table->woken--;
+        rc = error ? wait_fail((Wait *)wait, error) : -1;
+        Py_XDECREF(error);
+        Py_DECREF(wait);
+    }
+    if (rc)
+        return NULL;
     Py_RETURN_NONE;
 }
 
 static int inbox_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"table", NULL};
+    static char *names[] = {"table", "cq", "governor", "give_back", NULL};
     Inbox *inbox = (Inbox *)self;
-    PyObject *table;
+    PyObject *table, *governor = Py_None, *give_back = Py_None;
+    unsigned long long cq = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!", names, table_type, &table))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|KOO", names, table_type, &table, &cq, &governor, &give_back))
         return -1;
+    if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
+        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+        return -1;
+    }
     if (inbox->table) {
         PyErr_SetString(PyExc_ValueError, "an inbox is made once");
         return -1;
     }
+    inbox->cq = (struct ibv_cq *)(uintptr_t)cq;
+    inbox->governor = governor == Py_None ? NULL : (Governor *)Py_NewRef(governor);
+    inbox->give_back = give_back == Py_None ? NULL : Py_NewRef(give_back);
     inbox->table = (Table *)Py_NewRef(table);
     return 0;
 }
@@ -174,28 +206,17 @@ static PyObject *remove_item(PyObject *self, PyObject *item)
     return PyBool_FromLong(objects_remove(&((Inbox *)self)->items, item));
 }
 
-static PyObject *drain(struct objects *queue)
+static PyObject *drain(PyObject *self, PyObject *unused)
 {
     PyObject *list = PyList_New(0), *object;
 
-    while (list && (object = objects_pop(queue))) {
+    (void)unused;
+    while (list && (object = objects_pop(&((Inbox *)self)->items))) {
         if (PyList_Append(list, object))
             Py_CLEAR(list);
         Py_DECREF(object);
     }
     return list;
-}
-
-static PyObject *drain_items(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    return drain(&((Inbox *)self)->items);
-}
-
-static PyObject *drain_line(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    return drain(&((Inbox *)self)->waiters);
 }
 
 static PyObject *items(PyObject *self, PyObject *unused)
@@ -210,13 +231,6 @@ static PyObject *items(PyObject *self, PyObject *unused)
     return list;
 }
 
-/* What an inline spin asks: is there something to take? */
-static PyObject *done(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    return PyBool_FromLong(((Inbox *)self)->items.count > 0);
-}
-
 static Py_ssize_t inbox_length(PyObject *self)
 {
     return ((Inbox *)self)->items.count;
@@ -229,6 +243,9 @@ static int inbox_traverse(PyObject *self, visitproc visit, void *arg)
     if (rc || (rc = objects_visit(&((Inbox *)self)->waiters, visit, arg)))
         return rc;
     Py_VISIT((PyObject *)((Inbox *)self)->table);
+    Py_VISIT((PyObject *)((Inbox *)self)->governor);
+    Py_VISIT(((Inbox *)self)->give_back);
+    Py_VISIT(((Inbox *)self)->make_error);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -237,6 +254,8 @@ static int inbox_clear(PyObject *self)
 {
     objects_clear(&((Inbox *)self)->items);
     objects_clear(&((Inbox *)self)->waiters);
+    Py_CLEAR(((Inbox *)self)->give_back);
+    Py_CLEAR(((Inbox *)self)->make_error);
     return 0;
 }
 
@@ -244,6 +263,7 @@ static void inbox_dealloc(PyObject *self)
 {
     PyObject_GC_UnTrack(self);
     inbox_clear(self);
+    Py_CLEAR(((Inbox *)self)->governor);
     Py_CLEAR(((Inbox *)self)->table);
     object_free(self);
 }
@@ -252,14 +272,14 @@ static PyMethodDef inbox_methods[] = {
     {"put", put, METH_O, "One more item, for the first in line or for later; True when somebody has it now."},
     {"put_back", put_back, METH_O, "An item that was taken is the next one again; True as for put()."},
     {"get", get, METH_NOARGS, "The next item, or None when there is none."},
-    {"line_up", line_up, METH_NOARGS, "A new Wait, last in line, to be awaited by one task; an item is its result."},
-    {"leave_line", leave_line, METH_O, "The Wait is not in line any more; False when it was not."},
-    {"runs", runs, METH_NOARGS, "A receiver that got an item in line runs now, or will not."},
+    {"wait", wait_for_next, METH_NOARGS, "A Next: the next item, when there is one; raises what fail() was given."},
+    {"spin", spin, METH_O, "spin(what): polls until what.done(), as for an item, or not at all without a queue."},
+    {"fail", fail, METH_O,
+     "fail(make_error): everyone in line gets an error of their own, and who comes later; those who have their item\n"
+     "already keep it, and what lies here can be taken."},
     {"remove", remove_item, METH_O, "An item is gone; False when it is not here."},
-    {"drain", drain_items, METH_NOARGS, "Takes all items, as a list."},
-    {"drain_line", drain_line, METH_NOARGS, "Takes all Waits out of the line, as a list."},
+    {"drain", drain, METH_NOARGS, "Takes all items, as a list."},
     {"items", items, METH_NOARGS, "The items that are here, as a list."},
-    {"done", done, METH_NOARGS, "True when there is something to take."},
     {"__class_getitem__", Py_GenericAlias, METH_O | METH_CLASS, "Inbox[item]"},
     {NULL, NULL, 0, NULL},
 };
@@ -272,7 +292,8 @@ static PyMemberDef inbox_members[] = {
 static PyType_Slot inbox_slots[] = {
     {Py_tp_init, inbox_init},       {Py_tp_dealloc, inbox_dealloc}, {Py_tp_traverse, inbox_traverse}, {Py_tp_clear, inbox_clear},
     {Py_tp_methods, inbox_methods}, {Py_tp_members, inbox_members},   {Py_sq_length, inbox_length},
-    {Py_tp_doc, "Inbox(table): items in order of arrival, and a fair line of those who wait for one."},
+    {Py_tp_doc, "Inbox(table, cq=0, governor=None, give_back=None): items in order of arrival, and a fair line of those who wait for\n"
+     "one, while the queue is polled."},
     {0, NULL},
 };
 

@@ -2,8 +2,10 @@
 #include "datapath.h"
 
 PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type;
-PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *copy_context;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type,
+    *next_type;
+PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *closed_error,
+    *copy_context, *running_loop;
 PyObject *ready_iterator;
 PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle,
     *name_take, *name_give, *name_address, *name_lkey, *name_run;
@@ -41,6 +43,7 @@ static const struct {
     {"Governor", &governor_spec, &governor_type}, {"Grant", &grant_spec, &grant_type},
     {"Region", &region_spec, &region_type},       {"Write", &write_spec, &write_type},
     {"Ready", &ready_spec, &ready_type},          {"Wait", &wait_spec, &wait_type},
+    {"Next", &next_spec, &next_type},
 };
 
 static const struct {
@@ -69,6 +72,8 @@ static const struct {
     {"aiordma.errors", "ProtocolError", &protocol_error},
     {"aiordma.errors", "MisuseError", &misuse_error},
     {"aiordma.errors", "call_failed", &device_error},
+    {"aiordma.errors", "ConnectionClosedError", &closed_error},
+    {"asyncio.events", "_get_running_loop", &running_loop},
     {"asyncio.exceptions", "CancelledError", &cancelled_error},
     {"asyncio.exceptions", "InvalidStateError", &invalid_state_error},
     {"contextvars", "copy_context", &copy_context},

@@ -250,13 +250,8 @@ static PyObject *wake(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static bool inbox_has(PyObject *what)
-{
-    return ((Inbox *)what)->items.count > 0;
-}
-
 /* Of an object with a method done(); one that raises counts as done, and raises again where it is awaited. */
-static bool says_done(PyObject *what)
+bool says_done(PyObject *what)
 {
     PyObject *done = PyObject_CallMethodObjArgs(what, name_done, NULL);
     bool is = done != Py_False;
@@ -283,7 +278,7 @@ static PyObject *spin(PyObject *self, PyObject *args)
     how.cq = (struct ibv_cq *)(uintptr_t)cq;
     how.governor = governor == Py_None ? NULL : (Governor *)governor;
     how.once = once;
-    how.done = PyObject_TypeCheck(what, inbox_type) ? inbox_has : says_done;
+    how.done = says_done;
     how.what = what;
     if (table_spin((Table *)self, &how))
         return NULL;
@@ -411,8 +406,8 @@ static PyMethodDef table_methods[] = {
     {"wake", wake, METH_NOARGS, "Runs those whose wait is over. Only a callback of the loop may do this."},
     {"spin", spin, METH_VARARGS,
      "spin(what, cq, governor, once): polls inside an await, once, and then until what.done() or the time is up:\n"
-     "governor sets the time and learns from the outcome, None is the cap, once ends there. (An Inbox is done when\n"
-     "it has an item.) Calls self.keep_polling() when polling should go on with the loop."},
+     "governor sets the time and learns from the outcome, None is the cap, once ends there. Calls\n"
+     "self.keep_polling() when polling should go on with the loop."},
     {"mark_turn", mark_turn, METH_NOARGS, "Makes the loop call turned() in its next turn, once."},
     {"turned", turned, METH_NOARGS, "A turn of the loop is over: posts what was gathered in it."},
     {NULL, NULL, 0, NULL},

@@ -86,17 +86,23 @@ int wait_give(Wait *wait, PyObject *item)
     return line_up(wait) ? -1 : 1;
 }
 
-static PyObject *fail(PyObject *self, PyObject *error)
+int wait_fail(Wait *wait, PyObject *error)
 {
-    Wait *wait = (Wait *)self;
+    if (wait->state != WAIT_WAITS)
+        return 0;
+    wait->state = WAIT_FAILED;
+    wait->value = Py_NewRef(error);
+    return line_up(wait);
+}
 
-    if (wait->state == WAIT_WAITS) {
-        wait->state = WAIT_FAILED;
-        wait->value = Py_NewRef(error);
-        if (line_up(wait))
-            return NULL;
-    }
-    Py_RETURN_NONE;
+PyObject *wait_item(const Wait *wait)
+{
+    return wait->state == WAIT_DONE ? wait->value : NULL;
+}
+
+bool wait_has_task(const Wait *wait)
+{
+    return wait->callback != NULL;
 }
 
 /* --- the task ---------------------------------------------------------------------------------------- */
@@ -118,7 +124,7 @@ static PyObject *result(PyObject *self, PyObject *unused)
 }
 
 /* Yields itself once, which tells the task what it waits for; then it is over. */
-static PySendResult wait_send(PyObject *self, PyObject *unused, PyObject **value)
+PySendResult wait_send(PyObject *self, PyObject *unused, PyObject **value)
 {
     Wait *wait = (Wait *)self;
 
@@ -132,10 +138,9 @@ static PySendResult wait_send(PyObject *self, PyObject *unused, PyObject **value
     return *value ? PYGEN_RETURN : PYGEN_ERROR;
 }
 
-static PyObject *wait_next(PyObject *self)
+PyObject *sent_as_iterator(PySendResult sent, PyObject *value)
 {
-    PyObject *value, *stop;
-    PySendResult sent = wait_send(self, NULL, &value);
+    PyObject *stop;
 
     if (sent != PYGEN_RETURN)
         return value;
@@ -145,6 +150,14 @@ static PyObject *wait_next(PyObject *self)
     Py_XDECREF(stop);
     Py_DECREF(value);
     return NULL;
+}
+
+static PyObject *wait_next(PyObject *self)
+{
+    PyObject *value;
+    PySendResult sent = wait_send(self, NULL, &value);
+
+    return sent_as_iterator(sent, value);
 }
 
 static PyObject *add_done_callback(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -181,12 +194,6 @@ static PyObject *cancel(PyObject *self, PyObject *args, PyObject *kwargs)
     if (line_up(wait))
         return NULL;
     Py_RETURN_TRUE;
-}
-
-static PyObject *has_item(PyObject *self, void *unused)
-{
-    (void)unused;
-    return PyBool_FromLong(((Wait *)self)->state == WAIT_DONE);
 }
 
 static PyObject *get_loop(PyObject *self, PyObject *unused)
@@ -228,18 +235,12 @@ static void wait_dealloc(PyObject *self)
 }
 
 static PyMethodDef wait_methods[] = {
-    {"fail", fail, METH_O, "fail(error): the wait is over, and raises this."},
     {"result", result, METH_NOARGS, "The item, or raises what ended the wait."},
     {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, "Ends the wait; False when it is over."},
     {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_VARARGS | METH_KEYWORDS,
      "add_done_callback(callback, *, context): for the one task that waits."},
     {"get_loop", get_loop, METH_NOARGS, "The event loop."},
     {NULL, NULL, 0, NULL},
-};
-
-static PyGetSetDef wait_getset[] = {
-    {"has_item", has_item, NULL, "It has got an item.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMemberDef wait_members[] = {
@@ -249,7 +250,7 @@ static PyMemberDef wait_members[] = {
 
 static PyType_Slot wait_slots[] = {
     {Py_tp_dealloc, wait_dealloc},     {Py_tp_traverse, wait_traverse}, {Py_tp_clear, wait_clear},
-    {Py_tp_methods, wait_methods},     {Py_tp_getset, wait_getset},     {Py_tp_members, wait_members},
+    {Py_tp_methods, wait_methods},     {Py_tp_members, wait_members},
     {Py_am_await, PyObject_SelfIter},  {Py_tp_iter, PyObject_SelfIter}, {Py_tp_iternext, wait_next},
     {Py_am_send, (void *)wait_send},
     {Py_tp_doc, "What a task awaits that waits for an item of an inbox."},
