@@ -104,6 +104,8 @@ static int pop(struct cq *cq, int num, struct ibv_wc *wc)
 
     for (; taken < num && cq->tail != cq->head; cq->tail++)
         wc[taken++] = cq->ring[at(cq, cq->tail)];
+    if (cq->tail == cq->head)
+        cq->tail = cq->head = 0; /* a large ring that is never full stays in the cache */
     return taken;
 }
 
