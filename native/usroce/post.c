@@ -222,6 +222,8 @@ static int post_list(struct context *ctx, struct qp *qp, struct ibv_send_wr *wr,
 {
     int rc = state_takes_sends(qp) ? 0 : EINVAL;
 
+    if (qp->sq.head == qp->sq.tail)
+        qp->sq.head = qp->sq.cursor = qp->sq.tail = 0; /* slots that are in the cache, if any are */
     for (; wr && !rc; wr = wr->next) {
         rc = post_one(qp, wr);
         if (rc)
@@ -243,6 +245,7 @@ int qp_post_send(struct ibv_qp *base, struct ibv_send_wr *wr, struct ibv_send_wr
         *bad = wr;
         return ENODEV;
     }
+    qp_prefetch(qp);
     pthread_mutex_lock(&qp->post_lock);
     pthread_mutex_lock(&ctx->lock);
     rc = post_list(ctx, qp, wr, bad);

@@ -184,6 +184,8 @@ void progress_receive(struct context *ctx, struct gid_slot *slot, const struct v
         return;
     }
     qp = idmap_find(&ctx->qps, packet.dest_qp);
+    if (qp)
+        qp_prefetch(qp);
     if (!qp || !admits(qp, slot, &packet, view)) {
         ctx->counters.unknown_qp++;
         return;

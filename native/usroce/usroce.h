@@ -307,7 +307,6 @@ struct requester {
     uint32_t psn;         /* next to transmit (again): of packet `packet` of the work request at sq.cursor */
     uint32_t packet;
     uint32_t sent_psn;    /* one past the highest PSN transmitted, read responses included */
-    uint32_t reads[MAX_RD_ATOMIC]; /* last PSNs of read and atomic requests in flight, a ring */
     uint32_t reads_head, reads_tail;
     uint32_t window;      /* packets that may be unacknowledged: shrinks with loss, grows with success */
     uint32_t threshold;   /* below it the window grows with every acknowledged packet, beyond it once a round */
@@ -325,9 +324,11 @@ struct requester {
     uint32_t timed_psn;   /* the PSN whose round trip is being measured */
     uint64_t timed_at;    /* 0: none */
     uint64_t no_wait_until; /* unreliable: ns; what finds no room on the link before that is lost at once */
+    uint32_t reads[MAX_RD_ATOMIC]; /* last PSNs of read and atomic requests in flight, a ring */
 };
 
 struct responder {
+    struct ibv_sge sge[MAX_SGE]; /* of the receive that was taken */
     uint32_t epsn; /* expected PSN */
     /* Of the last SEND or WRITE packet that was carried out. An ACK has this PSN and never that of a read or atomic:
      * Linux's rxe would take the operation for complete, without what it is to return. */
@@ -344,7 +345,6 @@ struct responder {
     uint64_t wr_id;
     uint32_t wqe_length;
     int num_sge;
-    struct ibv_sge sge[MAX_SGE];
     struct resource *resources; /* max_dest_rd_atomic of them, a ring */
     uint32_t num_resources, next_resource;
     struct job *jobs;       /* a ring */
@@ -362,11 +362,11 @@ struct qp {
     uint64_t send_ops;
     bool sig_all;
     struct ibv_qp_attr attr; /* as set; qp_state is the state */
+    /* Most of what a packet or a request touches lies together from here to req.reads: see qp_prefetch(). */
+    struct responder resp;
     struct ibv_qp_cap cap;
     struct sq sq;
     struct rq rq;
-    struct requester req;
-    struct responder resp;
     struct endpoint remote;  /* connected: from the address vector */
     struct gid_slot *slot;   /* NULL until the address is known */
     bool on_all_slots;       /* datagrams: it listens at every address */
@@ -390,7 +390,19 @@ struct qp {
     uint32_t wr_head, wr_tail; /* ibv_wr_*: the batch being built ends here; the queue's tail when it began */
     struct send_wqe *wr_current;
     int wr_error;
+    struct requester req;
 };
+
+/* Of many queue pairs, one that was not used lately is in no cache. Asking for all of it at once takes as long as
+ * asking for its first field. */
+static inline void qp_prefetch(const struct qp *qp)
+{
+    __builtin_prefetch(&qp->base.state);
+    __builtin_prefetch(&qp->attr.dest_qp_num);
+    __builtin_prefetch(&qp->resp.sge);
+    for (size_t at = offsetof(struct qp, resp.epsn); at < offsetof(struct qp, req.reads); at += 64)
+        __builtin_prefetch((const char *)qp + at);
+}
 
 /* One GID of the port: an address with its link. */
 struct gid_slot {
