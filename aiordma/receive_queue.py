@@ -134,6 +134,19 @@ class ReceiveQueue(SharedUser):
     which only large_messages.py can read.
     """
 
+    __slots__ = (
+        "_broken",
+        "_failed",
+        "_last_taken",
+        "_recall",
+        "_sends",
+        "large",
+        "notifications",
+        "on_idle",
+        "ring",
+        "shared",
+    )
+
     messages: Inbox[Buffer | bytes | Taking]
     ledger: CreditLedger | None
 

@@ -228,6 +228,45 @@ class SendQueue(Sender):
     """The windows, the slots and the posting. ``failed(status, vendor_err, kind, operation)`` is told of error
     completions, ``broken(error)`` of requests the device refused."""
 
+    __slots__ = (
+        "_answers",
+        "_broken",
+        "_confirmed",
+        "_confirming",
+        "_control_free",
+        "_control_lease",
+        "_control_slots",
+        "_control_view",
+        "_cq",
+        "_credit_queue",
+        "_depth",
+        "_failed",
+        "_free",
+        "_governor",
+        "_inline",
+        "_marker",
+        "_places",
+        "_qp",
+        "_reactor",
+        "_slot_queue",
+        "_slots",
+        "_spins",
+        "_staged",
+        "_staging",
+        "_to_confirm",
+        "closed",
+        "credit_frames",
+        "done",
+        "max_message",
+        "offers_free",
+        "offers_more",
+        "on_idle",
+        "refused",
+        "room",
+        "spin",
+        "stage_size",
+    )
+
     ledger: CreditLedger | None
 
     def __init__(
@@ -272,8 +311,7 @@ class SendQueue(Sender):
         self._staging = staging
         self._places = scratch.places
         self._inline = qp.max_inline
-        self.done: asyncio.Future[None] = self.loop.create_future()
-        self.done.set_result(None)
+        self.done = reactor.done
         self._governor = governor
         self._failed = failed
         self._broken = broken
@@ -337,9 +375,13 @@ class SendQueue(Sender):
         if self._free and not self._slot_queue and not self.closed and self._takes_short_way(operation):
             self._post((self._stage(operation, self._take_slot(), self._places[0]),))
             return operation
-        (self._credit_queue if operation.credit else self._slot_queue).append(operation)
+        self._enqueue(operation)
         self.pump()
         return operation
+
+    def _enqueue(self, operation: Operation) -> None:
+        self.may_wait = True
+        (self._credit_queue if operation.credit else self._slot_queue).append(operation)
 
     def _takes_short_way(self, operation: Operation) -> bool:
         """One work request, which nothing holds up: pump() would do the same, with more steps."""
@@ -387,7 +429,7 @@ class SendQueue(Sender):
         for operation in operations:
             if operation.done():  # cancelled in the meantime: its memory is gone
                 continue
-            (self._credit_queue if operation.credit else self._slot_queue).append(operation)
+            self._enqueue(operation)
             self._promote()
         self.pump()
 

@@ -49,6 +49,8 @@ class SharedReceiveStatistics:
 class SharedUser(Receiver):
     """The receive side of one connection (receive_queue.py)."""
 
+    __slots__ = ()
+
     def credits_changed(self) -> None:
         """The peer may be told of more credits."""
         raise NotImplementedError

@@ -147,6 +147,44 @@ class Connection:
     in order) with the reason. A connection belongs to the event loop it was made in.
     """
 
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_adapter",
+        "_agreed",
+        "_closed",
+        "_config",
+        "_consuming",
+        "_control",
+        "_cq",
+        "_depth",
+        "_entries",
+        "_error",
+        "_grants",
+        "_held",
+        "_large_receives",
+        "_large_sends",
+        "_lingering",
+        "_lingers",
+        "_loop",
+        "_peer",
+        "_qp",
+        "_receives",
+        "_sends",
+        "_session",
+        "_share",
+        "_share_limit",
+        "_shared",
+        "_shares",
+        "_stage",
+        "_staging",
+        "_state",
+        "_teardown_task",
+        "eager_size",
+        "psn",
+        "route",
+    )
+
     def __init__(self, route: Route, config: Config, peer: str, *, shared_receives: int = 0) -> None:
         """``shared_receives``: what None in the config stands for here."""
         self._loop = asyncio.get_running_loop()

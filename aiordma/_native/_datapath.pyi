@@ -178,6 +178,7 @@ class Sender:
     open: bool
     eager: int
     reserved: int
+    may_wait: bool
     wanted_back: int
     sent: int
     handed: int

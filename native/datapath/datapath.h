@@ -259,31 +259,33 @@ struct frame {
 
 struct Sender {
     PyObject_HEAD
+    /* What a message touches lies together: most senders of many were not used lately, and are in no cache. */
     Table *table;
     Ledger *ledger;
     struct ibv_qp *qp;
-    PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
-    Group *groups[GROUPS];
+    size_t stride;
+    unsigned char *frames;  /* FRAMES of `stride` bytes; NULL until the first is gathered */
+    Sender *next;           /* among the dirty ones */
+    unsigned long long turn; /* when something was sent last */
+    long long reserved, wanted_back, sent, handed;
     unsigned int group;     /* the one that is filled now */
     unsigned int closed;    /* groups whose last message is posted, and whose completion has yet to come */
     unsigned int in_flight; /* messages queued here or in a group that has not completed */
     unsigned int queued;
     unsigned int eager;     /* bytes of a message that goes this way; agreed with the peer */
-    size_t stride;
-    unsigned char *frames;  /* FRAMES of `stride` bytes; NULL until the first is gathered */
+    unsigned int writes;
+    char dirty, open, spins;
+    char may_wait;          /* somebody may be in one of these two: set by Python, cleared here */
+    PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
+    struct frame frame[FRAMES];
+    Group *groups[GROUPS];
     PyObject *staging;      /* StagingPool */
     struct objects staged;  /* its buffers that we hold, in the order of their messages */
-    struct frame frame[FRAMES];
-    unsigned long long turn; /* when something was sent last */
     PyObject *connection, *loop;
     struct ibv_cq *cq;
     Governor *governor; /* or NULL */
     Write *first, *last; /* posted writes, in order */
-    unsigned int writes;
-    char spins;
-    Sender *next;            /* among the dirty ones */
-    long long reserved, wanted_back, sent, handed, posted;
-    char dirty, open;
+    long long posted;
 };
 
 int sender_flush(Sender *sender);  /* -1 and an exception of a callback */

@@ -19,9 +19,17 @@
 
 /* --- Group ------------------------------------------------------------------------------------------- */
 
-static bool has_waiters(const Sender *sender)
+/* Whoever begins to wait says so: empty queues, which are cold ones, are not looked at for every message. */
+static bool in_queues(Sender *sender)
 {
-    return PyObject_Size(sender->credit_queue) > 0 || PyObject_Size(sender->slot_queue) > 0 || sender->wanted_back > 0;
+    if (sender->may_wait)
+        sender->may_wait = PyObject_Size(sender->credit_queue) > 0 || PyObject_Size(sender->slot_queue) > 0;
+    return sender->may_wait;
+}
+
+static bool has_waiters(Sender *sender)
+{
+    return sender->wanted_back > 0 || in_queues(sender);
 }
 
 int sender_pump(Sender *sender)
@@ -353,6 +361,8 @@ static PyObject *send_now(PyObject *self, PyObject *data)
     Py_buffer view;
     int goes = 1;
 
+    for (size_t at = offsetof(Sender, table); at < offsetof(Sender, frame[1]); at += 64)
+        __builtin_prefetch((const char *)self + at);
     if (!may_send(sender))
         Py_RETURN_FALSE;
     if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
@@ -373,7 +383,7 @@ static PyObject *send_now(PyObject *self, PyObject *data)
 static bool may_write(Sender *sender, PyObject *region)
 {
     return sender->open && sender->writes < WRITES && PyObject_TypeCheck(region, region_type) &&
-           PyObject_Size(sender->slot_queue) == 0 && table_here(sender->table) && has_frames(sender);
+           !(in_queues(sender) && PyObject_Size(sender->slot_queue) > 0) && table_here(sender->table) && has_frames(sender);
 }
 
 /* Whether a write of this object goes this way; its buffer, which the caller releases. */
@@ -680,6 +690,7 @@ static PyMemberDef sender_members[] = {
     {"eager", T_UINT, offsetof(Sender, eager), 0, "Bytes of a message, at most; 0 until the handshake is over."},
     {"queued", T_UINT, offsetof(Sender, queued), READONLY, "Messages that wait for flush()."},
     {"reserved", T_LONGLONG, offsetof(Sender, reserved), 0, "Credits promised to operations that wait for a slot."},
+    {"may_wait", T_BOOL, offsetof(Sender, may_wait), 0, "Set before somebody enters one of the queues."},
     {"wanted_back", T_LONGLONG, offsetof(Sender, wanted_back), 0, "Data credits the peer would like to have back."},
     {"posted", T_LONGLONG, offsetof(Sender, posted), 0, "Work requests the device has that get a completion."},
     {"writes", T_UINT, offsetof(Sender, writes), READONLY, "Small writes under way."},
