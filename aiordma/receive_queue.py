@@ -135,6 +135,7 @@ class ReceiveQueue(SharedUser):
     """
 
     __slots__ = (
+        "__weakref__",
         "_broken",
         "_failed",
         "_last_taken",

@@ -229,6 +229,7 @@ class SendQueue(Sender):
     completions, ``broken(error)`` of requests the device refused."""
 
     __slots__ = (
+        "__weakref__",
         "_answers",
         "_broken",
         "_confirmed",

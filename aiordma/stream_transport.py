@@ -110,6 +110,8 @@ class RdmaTransport(transports._FlowControlMixin):
         self._in_flight = 0  # messages with the connection
         self._bytes_in_flight = 0
         self._flush_due = False  # a flush at the end of this turn of the loop is scheduled
+        self._passes = True  # nothing that was written waits, and more may be: see _flush()
+        self._send_first = connection.send_first
         self._write_error: OSError | None = None
         self._context = contextvars.copy_context()
         self._closing = False
@@ -122,10 +124,12 @@ class RdmaTransport(transports._FlowControlMixin):
             None  # hands a message over that the protocol does not take yet
         )
         self._closer: asyncio.Task[None] | None = None
+        self._takes = False  # the protocol takes what comes, all of it, at once: see _reading_changed()
         self._held = 0  # bytes that were taken and the protocol has not got yet
         self._turn_bytes = 0
         #: Done when the protocol was told of the end.
         self.ended: asyncio.Future[None] = loop.create_future()
+        self._reading_changed()
         loop.call_soon(self._protocol.connection_made, self)
         loop.call_soon(self._start_reading)
         if waiter is not None:
@@ -140,6 +144,7 @@ class RdmaTransport(transports._FlowControlMixin):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Another protocol from the next byte on; no callback tells it."""
         self._protocol = protocol
+        self._reading_changed()
 
     def is_closing(self) -> bool:
         """True from :meth:`close`, :meth:`abort` or the loss of the connection on."""
@@ -159,10 +164,15 @@ class RdmaTransport(transports._FlowControlMixin):
         """False when paused or closing."""
         return not self._closing and self._can_read.is_set()
 
+    def _reading_changed(self) -> None:
+        buffered = isinstance(self._protocol, asyncio.BufferedProtocol)
+        self._takes = self.is_reading() and not self._in.eof and not buffered
+
     def pause_reading(self) -> None:
         """No data for the protocol until :meth:`resume_reading`; the peer is slowed down. Idempotent."""
         if self.is_reading():
             self._can_read.clear()
+            self._reading_changed()
             self._resumed = self._loop.create_future()
             self._connection.hold(self._resumed)
             if self._write_error is not None:  # it waited for the last data, and that does not come
@@ -170,8 +180,9 @@ class RdmaTransport(transports._FlowControlMixin):
 
     def resume_reading(self) -> None:
         """The opposite. Idempotent."""
-        if not self._closing and not self._can_read.is_set():
+        if not self._takes and not self._closing and not self._can_read.is_set():
             self._can_read.set()
+            self._reading_changed()
             if self._resumed is not None and not self._resumed.done():
                 self._resumed.set_result(None)
 
@@ -207,27 +218,25 @@ class RdmaTransport(transports._FlowControlMixin):
     def _message(self, data: bytes) -> asyncio.Future[Any] | None:
         """A message has come; most often it is data for a protocol that takes it now, all of it. :meth:`_received`
         would do the same, with more steps."""
-        self._turn_bytes += len(data)
-        if (
-            self._in.eof
-            or not data
-            or self._turn_bytes >= _TURN_BYTES
-            or not self._can_read.is_set()
-            or self._closing
-            or isinstance(self._protocol, asyncio.BufferedProtocol)
-        ):
-            self._turn_bytes -= len(data)
+        turn_bytes = self._turn_bytes + len(data)
+        if not self._takes or not data or turn_bytes >= _TURN_BYTES:
             self._held = len(data)
             name = f"aiordma stream reader {self._connection.peer}"
             self._taking = self._loop.create_task(self._received(data), name=name)
             return self._taking
-        received: Callable[[bytes], None] = self._protocol.data_received  # type: ignore[attr-defined]
-        self._guarded("data_received", self._context.run, received, data)
+        self._turn_bytes = turn_bytes
+        try:
+            self._context.run(self._protocol.data_received, data)  # type: ignore[attr-defined]
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._callback_failed("data_received", error)
         return None
 
     async def _received(self, data: bytes) -> None:
         """One message for the protocol, or the end of the stream."""
         self._in.receive(len(data))
+        self._reading_changed()
         await self._can_read.wait()  # paused while the message came: it waits here
         if self._closing:
             return
@@ -276,6 +285,7 @@ class RdmaTransport(transports._FlowControlMixin):
             return
         if not self._in.eof:
             self._in.eof = True
+            self._reading_changed()
             self._end_of_stream()
         if not self._closing and (self._write_error is not None or self._out.nbytes):
             self._force_close(self._write_error or _reset())
@@ -291,27 +301,27 @@ class RdmaTransport(transports._FlowControlMixin):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._fatal_error(error, f"Fatal error: protocol.{name}() call failed.")
+            self._callback_failed(name, error)
             return None
+
+    def _callback_failed(self, name: str, error: BaseException) -> None:
+        self._fatal_error(error, f"Fatal error: protocol.{name}() call failed.")
 
     # --- writing -------------------------------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Sends ``data``; never blocks, and may buffer. Raises TypeError for what is no such buffer, RuntimeError
         after :meth:`write_eof`. Dropped after the connection was lost, or :meth:`close` called."""
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"a bytes-like object is needed, not {type(data).__name__!r}")
+        chunk = data if data.__class__ is bytes else _immutable(data)
+        # The first write of a turn leaves at once, those that follow are gathered.
+        if self._passes and chunk and self._send_first(chunk):
+            return
         if self._out.eof:
             raise RuntimeError("write() after write_eof()")
-        chunk = _immutable(data)
         if not len(chunk):
             return
         if self._closing or self._write_error is not None:
             self._dropped_write()
-            return
-        # The first write of a turn leaves at once, those that follow are gathered.
-        ready = self._out.idle and not self._in_flight and not self._flush_due
-        if ready and self._connection.send_first(chunk):
             return
         first = not self._flush_due and not self._connection.sent_in_turn
         self._out.add(chunk)
@@ -331,6 +341,7 @@ class RdmaTransport(transports._FlowControlMixin):
         if self._closing or self._out.eof:
             return
         self._out.eof = True
+        self._passes = False
         self._flush()
 
     def can_write_eof(self) -> bool:
@@ -353,6 +364,7 @@ class RdmaTransport(transports._FlowControlMixin):
 
     def _flush_at_turn(self) -> None:
         """What is written until then goes out together."""
+        self._passes = False
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush_turn)
@@ -366,6 +378,7 @@ class RdmaTransport(transports._FlowControlMixin):
         self._post_pending()
         if self._conn_lost or self._write_error is not None:
             return
+        self._passes = not (self._pending or self._flush_due or self._closing or self._out.eof)
         self._maybe_resume_protocol()  # which may write
         if self._closing and not self._pending:
             self._close_connection()
@@ -419,6 +432,7 @@ class RdmaTransport(transports._FlowControlMixin):
         if self._conn_lost or self._write_error is not None:
             return
         self._write_error = stream_error(error)
+        self._passes = False
         self._out.clear()
         gone = self._connection.is_closing()
         if not gone or not self.is_reading() or self._reader is None or self._reader.done():
@@ -434,6 +448,8 @@ class RdmaTransport(transports._FlowControlMixin):
         if self._closing:
             return
         self._closing = True
+        self._passes = False
+        self._reading_changed()
         self._stop_reading()
         if self._write_error is not None:
             self._force_close(self._write_error)
@@ -479,6 +495,8 @@ class RdmaTransport(transports._FlowControlMixin):
             return
         self._conn_lost += 1
         self._closing = True
+        self._passes = False
+        self._reading_changed()
         self._stop_reading()
         self._out.clear()
         if not self._connection.is_closing():
@@ -499,8 +517,8 @@ def _reset() -> OSError:
 
 def _immutable(data: bytes | bytearray | memoryview) -> bytes | memoryview:
     """``data`` as something that nobody changes any more: itself, if that is sure."""
-    if data.__class__ is bytes:
-        return data
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"a bytes-like object is needed, not {type(data).__name__!r}")
     if isinstance(data, memoryview) and data.obj.__class__ is bytes and data.c_contiguous:
         return data.cast("B")
     return bytes(data)

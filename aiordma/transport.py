@@ -449,10 +449,11 @@ class Connection:
         operation.credit = True
         return self._sends.submit(operation)
 
-    def send_first(self, data: Any) -> bool:
-        """Sends a small message if it is the first in this turn of the event loop and nothing holds it up; else
-        does nothing, and says False: :meth:`send` waits, and says what is wrong."""
-        return not self._sends.sent_in_turn and self._sends.send_now(data)
+    @property
+    def send_first(self) -> Callable[[Any], bool]:
+        """Called with a small message: sends it if it is the first in this turn of the event loop and nothing
+        holds it up; else does nothing, and returns False: :meth:`send` waits, and says what is wrong."""
+        return self._sends.send_first
 
     @property
     def sent_in_turn(self) -> bool:
@@ -536,11 +537,6 @@ class Connection:
         """
         self._check_loop()
         receives, inbox = self._receives, self._receives.messages
-
-        def at_once(message: bytes) -> None:
-            if (until := handle(message)) is not None:
-                self.hold(until)
-
         receives.consumes_inline = inline
         self._consuming = True
         try:
@@ -554,7 +550,7 @@ class Connection:
                     continue
                 message: Taking | bytes | None = receives.take_next()
                 if message is None:
-                    receives.consumer = at_once
+                    receives.consumer = handle
                     item = await inbox.wait()
                     receives.consumer = None
                     if item is _LOOK:
@@ -567,7 +563,8 @@ class Connection:
                     if message.withdrawn:
                         continue
                     message = await self._large_receives.receive(message)
-                at_once(message)
+                if (until := handle(message)) is not None:
+                    self.hold(until)
         finally:
             receives.consumer = None
 

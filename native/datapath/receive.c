@@ -438,17 +438,24 @@ static bool consumes(const Receiver *receiver)
 
 static int consume(Receiver *receiver, Buffer *buffer)
 {
-    PyObject *message = payload(buffer), *result;
+    PyObject *message = payload(buffer), *until, *held = NULL;
 
     if (!message || recycle(receiver, buffer)) {
         Py_XDECREF(message);
         return -1;
     }
     receiver->messages->table->handed_out++;
-    result = PyObject_CallFunctionObjArgs(receiver->consumer, message, NULL);
+    until = PyObject_CallFunctionObjArgs(receiver->consumer, message, NULL);
     Py_DECREF(message);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
+    if (until && until != Py_None)
+        held = PyObject_CallMethod(receiver->sender->connection, "hold", "O", until);
+    if (until == Py_None || held) {
+        Py_DECREF(until);
+        Py_XDECREF(held);
+        return 0;
+    }
+    Py_XDECREF(until);
+    return -1;
 }
 
 /* A message that breaks the protocol: its buffer is free, and the connection ends. */
@@ -711,7 +718,8 @@ static PyGetSetDef receiver_getset[] = {
 static PyMemberDef receiver_members[] = {
     {"messages", T_OBJECT, offsetof(Receiver, messages), READONLY, "The inbox."},
     {"consumer", T_OBJECT, offsetof(Receiver, consumer), 0,
-     "Called with each message that comes while somebody waits in line, in whose stead it takes it; or None."},
+     "Called with each message that comes while somebody waits in line, in whose stead it takes it; or None. What it\n"
+     "returns that is not None goes to connection.hold()."},
     {"consumes_inline", T_BOOL, offsetof(Receiver, consumes_inline), 0, "Inside the await of any task, too."},
     {"received", T_LONGLONG, offsetof(Receiver, received), 0, "Messages that have arrived."},
     {"handed", T_PYSSIZET, offsetof(Receiver, handed), READONLY, "Buffers that somebody was woken for."},

@@ -249,10 +249,15 @@ static int join_dirty(Sender *sender)
 
 /* --- gathering --------------------------------------------------------------------------------------- */
 
+static bool sent_in_turn(const Sender *sender)
+{
+    return sender->turn == sender->table->turn;
+}
+
 /* What has been gathered goes out: at once if it is the first of this turn of the loop, else with others. */
 static int go_out(Sender *sender)
 {
-    bool first = sender->turn != sender->table->turn;
+    bool first = !sent_in_turn(sender);
 
     if (!first && sender->queued < FRAMES)
         return join_dirty(sender);
@@ -377,6 +382,13 @@ static PyObject *send_now(PyObject *self, PyObject *data)
         goes = -1;
     PyBuffer_Release(&view);
     return goes < 0 ? NULL : PyBool_FromLong(goes);
+}
+
+static PyObject *send_first(PyObject *self, PyObject *data)
+{
+    if (sent_in_turn((Sender *)self))
+        Py_RETURN_FALSE;
+    return send_now(self, data);
 }
 
 /* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
@@ -659,6 +671,7 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 
 static PyMethodDef sender_methods[] = {
     {"send_now", send_now, METH_O, "send_now(data): sends a message, if it is to be copied and nothing holds it up; else False."},
+    {"send_first", send_first, METH_O, "send_now(data), if nothing has gone out in this turn of the loop; else False."},
     {"write_now", write_now, METH_VARARGS,
      "write_now(data, region): a small write that nothing holds up, under way; else None."},
     {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): the same, for post_prepared()."},
@@ -673,10 +686,8 @@ static PyMethodDef sender_methods[] = {
 
 static PyObject *get_sent_in_turn(PyObject *self, void *unused)
 {
-    const Sender *sender = (Sender *)self;
-
     (void)unused;
-    return PyBool_FromLong(sender->turn == sender->table->turn);
+    return PyBool_FromLong(sent_in_turn((Sender *)self));
 }
 
 static PyGetSetDef sender_getset[] = {
