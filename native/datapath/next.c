@@ -15,7 +15,7 @@ typedef struct {
     Receiver *receiver;   /* whose messages they are; NULL: the item as it is */
     Wait *wait;           /* while it is in line, and until it runs again */
     PyObject *rest;       /* a coroutine that receives a large message */
-    long long started_ns; /* of a wait that the reactor polled for, or 0 */
+    long long started_ns; /* of a wait that a governor learns from, or 0 */
     enum next_state state;
     char runs, iterates;
 } Next;
@@ -60,7 +60,7 @@ static PySendResult take(Next *next, PyObject *item, PyObject **value)
 
 static void learn(const Next *next)
 {
-    if (next->started_ns && next->inbox->governor)
+    if (next->started_ns)
         governor_learn(next->inbox->governor, now_ns() - next->started_ns);
 }
 
@@ -132,7 +132,8 @@ static PySendResult poll_or_wait(Next *next, PyObject **value)
         return PYGEN_ERROR;
     if (!inbox->cq || inbox->waiters.count)
         return line_up(next, value);
-    next->started_ns = now_ns();
+    if (inbox->governor)
+        next->started_ns = now_ns();
     if (inbox_spin(inbox, inbox_has, (PyObject *)inbox))
         return PYGEN_ERROR;
     if ((item = objects_pop(&inbox->items))) {

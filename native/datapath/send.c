@@ -208,7 +208,8 @@ int sender_flush(Sender *sender)
 
         if (write) {
             last_write = &wrs[i];
-            write->started_ns = now = now ? now : now_ns();
+            if (sender->governor)
+                write->started_ns = now = now ? now : now_ns();
         }
         if (make_request(sender, i, &wrs[i], &sges[i])) {
             PyErr_Clear();
@@ -392,10 +393,15 @@ static PyObject *send_first(PyObject *self, PyObject *data)
 }
 
 /* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
+static bool has_room(Sender *sender)
+{
+    return sender->open && sender->writes < WRITES &&
+           !(in_queues(sender) && PyObject_Size(sender->slot_queue) > 0) && has_frames(sender);
+}
+
 static bool may_write(Sender *sender, PyObject *region)
 {
-    return sender->open && sender->writes < WRITES && PyObject_TypeCheck(region, region_type) &&
-           !(in_queues(sender) && PyObject_Size(sender->slot_queue) > 0) && table_here(sender->table) && has_frames(sender);
+    return has_room(sender) && PyObject_TypeCheck(region, region_type) && table_here(sender->table);
 }
 
 /* Whether a write of this object goes this way; its buffer, which the caller releases. */
@@ -426,7 +432,7 @@ static void put_write(Sender *sender, Write *write, const Region *region, const 
     sender->queued++;
 }
 
-static PyObject *write_now(PyObject *self, PyObject *args)
+static PyObject *write_now(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Sender *sender = (Sender *)self;
     PyObject *data, *region;
@@ -434,12 +440,16 @@ static PyObject *write_now(PyObject *self, PyObject *args)
     Write *write;
     int rc = 0;
 
-    if (!PyArg_ParseTuple(args, "OO", &data, &region))
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "write_now() takes data and region");
         return NULL;
+    }
+    data = args[0];
+    region = args[1];
     if (!may_write(sender, region) || !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     write = write_new(sender);
-    if (write && may_write(sender, region)) { /* making it may have collected garbage, and so run anything */
+    if (write && has_room(sender)) { /* making it may have collected garbage, and so run anything */
         put_write(sender, write, (Region *)region, &view);
         rc = go_out(sender);
     } else if (write) {
@@ -672,7 +682,7 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 static PyMethodDef sender_methods[] = {
     {"send_now", send_now, METH_O, "send_now(data): sends a message, if it is to be copied and nothing holds it up; else False."},
     {"send_first", send_first, METH_O, "send_now(data), if nothing has gone out in this turn of the loop; else False."},
-    {"write_now", write_now, METH_VARARGS,
+    {"write_now", (PyCFunction)(void (*)(void))write_now, METH_FASTCALL,
      "write_now(data, region): a small write that nothing holds up, under way; else None."},
     {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): the same, for post_prepared()."},
     {"post_prepared", post_prepared, METH_VARARGS,

@@ -597,10 +597,19 @@ static PyObject *ready_next(PyObject *self)
     return NULL; /* the end, with None as the value */
 }
 
+static PySendResult ready_send(PyObject *self, PyObject *unused, PyObject **value)
+{
+    (void)self;
+    (void)unused;
+    *value = Py_NewRef(Py_None);
+    return PYGEN_RETURN;
+}
+
 static PyType_Slot ready_slots[] = {
     {Py_tp_dealloc, object_free},
     {Py_tp_iter, PyObject_SelfIter},
     {Py_tp_iternext, ready_next},
+    {Py_am_send, (void *)ready_send}, /* needs no exception to say that it is the end */
     {Py_tp_doc, "What the await of something that is done iterates over."},
     {0, NULL},
 };
