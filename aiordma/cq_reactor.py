@@ -109,9 +109,6 @@ class CqReactor(Table):
         self._users: dict[Mode, int] = {"event": 0, "adaptive": 0, "busy": 0}
         self.mode: Mode = "event"
         self._listeners: dict[int, Callable[[AsyncEvent], None]] = {}
-        #: What is done at once, for everybody.
-        self.done: asyncio.Future[None] = self._loop.create_future()
-        self.done.set_result(None)
         self.governor = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
         self.arrivals = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
         self._asked_ns = 0  # when somebody began to wait

@@ -257,7 +257,6 @@ class SendQueue(Sender):
         "_to_confirm",
         "closed",
         "credit_frames",
-        "done",
         "max_message",
         "offers_free",
         "offers_more",
@@ -312,7 +311,6 @@ class SendQueue(Sender):
         self._staging = staging
         self._places = scratch.places
         self._inline = qp.max_inline
-        self.done = reactor.done
         self._governor = governor
         self._failed = failed
         self._broken = broken

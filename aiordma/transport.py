@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
-from ._native._datapath import Buffer, Grant, Write
+from ._native._datapath import Buffer, Endpoint, Grant, Write
 from ._native._memory import new_bytes
 from .adapter import Route
 from .buffers import bytes_view
@@ -137,7 +137,7 @@ class ConnectionStatistics:
     shared_receives: SharedReceiveStatistics | None
 
 
-class Connection:
+class Connection(Endpoint):
     """A connection to a peer. Made by :func:`aiordma.connect` and :func:`aiordma.serve`.
 
     Operations return futures: await them at once, or start several and await them later. Cancelling one
@@ -169,8 +169,6 @@ class Connection:
         "_loop",
         "_peer",
         "_qp",
-        "_receives",
-        "_sends",
         "_session",
         "_share",
         "_share_limit",
@@ -184,6 +182,9 @@ class Connection:
         "psn",
         "route",
     )
+
+    _sends: SendQueue
+    _receives: ReceiveQueue
 
     def __init__(self, route: Route, config: Config, peer: str, *, shared_receives: int = 0) -> None:
         """``shared_receives``: what None in the config stands for here."""
@@ -416,24 +417,38 @@ class Connection:
 
     # --- messages ------------------------------------------------------------------------------------
 
-    def send(self, data: Any) -> asyncio.Future[Any]:
-        """Sends one message: a contiguous buffer object of any size, empty included, or a list or tuple of them,
-        which travel one behind the other as one message, without being joined here first.
+    if TYPE_CHECKING:  # at once, these are in native/datapath/endpoint.c
 
-        Awaiting returns None when ``data`` may change again: up to :attr:`eager_size` bytes when it was handed to
-        the device, which delivers it unless the connection fails (:meth:`flush` says that it has arrived, and
-        :meth:`close` waits for that); a larger one when the peer's user has taken it, for it is read from here, in
-        place, when it is taken. Waits in turn for a credit (the peer has posted receives it has not used) and a
-        slot. Messages arrive in the order they were sent.
+        def send(self, data: Any, /) -> asyncio.Future[Any]:
+            """Sends one message: a contiguous buffer object of any size, empty included, or a list or tuple of
+            them, which travel one behind the other as one message, without being joined here first.
 
-        Raises :class:`MessageTooLargeError` for more than the peer takes (``Config.max_message_size``),
-        :class:`MisuseError` for an object that is no buffer, :class:`MemoryLimitError` when a large one cannot be
-        registered. Cancelled before it was handed to the device: not sent; a large one is sent only if the peer
-        has begun to read it.
-        """
-        sends = self._sends
-        if sends.send_now(data):
-            return sends.done
+            Awaiting returns None when ``data`` may change again: up to :attr:`eager_size` bytes when it was handed
+            to the device, which delivers it unless the connection fails (:meth:`flush` says that it has arrived,
+            and :meth:`close` waits for that); a larger one when the peer's user has taken it, for it is read from
+            here, in place, when it is taken. Waits in turn for a credit (the peer has posted receives it has not
+            used) and a slot. Messages arrive in the order they were sent.
+
+            Raises :class:`MessageTooLargeError` for more than the peer takes (``Config.max_message_size``),
+            :class:`MisuseError` for an object that is no buffer, :class:`MemoryLimitError` when a large one cannot
+            be registered. Cancelled before it was handed to the device: not sent; a large one is sent only if the
+            peer has begun to read it.
+            """
+
+        def recv(self) -> Coroutine[Any, Any, bytes]:
+            """The next message, in the order they were sent; several receivers are served in turn.
+
+            After the peer has closed in order, what had arrived is still delivered; then
+            :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
+            """
+
+        def __aiter__(self) -> Self:
+            """Messages until the connection is closed in order; a lost connection raises."""
+
+        def __anext__(self) -> Coroutine[Any, Any, bytes]: ...
+
+    def _send_later(self, data: Any) -> asyncio.Future[Any]:
+        """:meth:`send` of what could not leave at once."""
         parts = data if data.__class__ in (list, tuple) else None
         if parts is None:
             view: Any = bytes_view(data)
@@ -467,14 +482,6 @@ class Connection:
         """
         self._check_open("flush")
         return self._sends.confirm()
-
-    def recv(self) -> Coroutine[Any, Any, bytes]:
-        """The next message, in the order they were sent; several receivers are served in turn.
-
-        After the peer has closed in order, what had arrived is still delivered; then
-        :class:`ConnectionClosedError` is raised. Cancelled: no message is lost.
-        """
-        return self._receives.recv()
 
     async def _recv_large(self, message: Taking) -> bytes:
         """:meth:`recv`, when what comes next is a large message (native/datapath/next.c calls this)."""
@@ -605,13 +612,6 @@ class Connection:
         """The peer answers an offer of ours."""
         self._large_sends.answered(payload)
 
-    def __aiter__(self) -> Self:
-        """Messages until the connection is closed in order; a lost connection raises."""
-        return self
-
-    def __anext__(self) -> Coroutine[Any, Any, bytes]:
-        return self._receives.anext()
-
     async def notified(self) -> int:
         """The value of the next notification (``write(..., notify=value)`` at the peer), in order.
 
@@ -624,19 +624,23 @@ class Connection:
 
     # --- one-sided operations ------------------------------------------------------------------------
 
-    # Not keyword-only, because Python takes longer for a call with such an argument than C does for the rest.
-    def write(self, data: Any, remote: RemoteRegion, notify: int | None = None) -> asyncio.Future[Any]:
-        """Writes a contiguous buffer object of any size to the start of ``remote`` (RDMA WRITE).
+    if TYPE_CHECKING:  # at once, this is in native/datapath/endpoint.c
 
-        Awaiting returns None when the data is in the peer's memory. ``notify`` (0 to 2**32 - 1) also wakes the
-        peer's :meth:`notified` with that value, after the data is in place; it needs a credit, as a message
-        does. ``data`` must not change until then; large data is read in place by the device. Raises
-        :class:`MisuseError` (or :class:`RemoteBoundsError`) before anything is sent, when ``remote`` is too
-        small, not writable, revoked, or of another connection; :class:`RemoteAccessError` when the peer's device
-        refuses, which ends the connection.
-        """
-        if notify is None and (write := self._sends.write_now(data, remote)) is not None:
-            return write
+        def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
+            """Writes a contiguous buffer object of any size to the start of ``remote`` (RDMA WRITE).
+
+            Awaiting returns None when the data is in the peer's memory. ``notify`` (0 to 2**32 - 1) also wakes the
+            peer's :meth:`notified` with that value, after the data is in place; it needs a credit, as a message
+            does. ``data`` must not change until then; large data is read in place by the device. Raises
+            :class:`MisuseError` (or :class:`RemoteBoundsError`) before anything is sent, when ``remote`` is too
+            small, not writable, revoked, or of another connection; :class:`RemoteAccessError` when the peer's
+            device refuses, which ends the connection.
+            """
+
+    def _write_later(
+        self, data: Any, remote: RemoteRegion, *, notify: int | None = None
+    ) -> asyncio.Future[Any]:
+        """:meth:`write` of what could not leave at once."""
         return self._sends.submit(self._write(data, remote, notify))
 
     def _write(self, data: Any, remote: RemoteRegion, notify: int | None) -> Operation:
@@ -1196,7 +1200,7 @@ class Batch:
         self._operations.append(operation)
         return operation
 
-    def write(self, data: Any, remote: RemoteRegion, notify: int | None = None) -> asyncio.Future[Any]:
+    def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
         """As :meth:`Connection.write`."""
         if notify is None and (write := self._connection._sends.prepare_write(data, remote)) is not None:
             self._operations.append(write)

@@ -14,6 +14,7 @@
  * write.c    Write: a small one-sided write, likewise; awaitable
  * region.c   Grant, Region: what the peer lets us write to
  * spin.c     Governor, and spinning inside an await
+ * endpoint.c Endpoint: what a user calls, of all this
  *
  * Everything runs with the GIL held, which is the only lock; it is released while spinning. Objects of one
  * connection or reactor are used from one thread (their event loop's). Verbs objects are given as addresses by who
@@ -82,6 +83,7 @@ typedef struct {
     unsigned long process; /* counts forks */
     char turn_marked, dispatching;
     PyObject *loop;
+    PyObject *done; /* a future that is: of what needs no waiting */
     struct objects to_wake; /* Waits that are over, whose tasks have not run */
     char waking;            /* a callback of the loop is going to call them, or does */
     char wake_due;          /* the loop was asked for such a callback */
@@ -288,6 +290,11 @@ struct Sender {
     long long posted;
 };
 
+/* 1: the message is on its way; 0: it needs SendQueue.submit(), which also says what is wrong; -1 and an exception. */
+int sender_send(Sender *sender, PyObject *data);
+/* A small write that nothing holds up, under way. NULL: it has to wait, or there is an exception. */
+Write *sender_write(Sender *sender, PyObject *data, PyObject *region);
+
 int sender_flush(Sender *sender);  /* -1 and an exception of a callback */
 
 int sender_pump(Sender *sender);   /* somebody may go on; -1 and an exception */
@@ -309,7 +316,8 @@ bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /
 
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type, *next_type;
+    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type, *next_type,
+    *endpoint_type;
 extern PyObject *cancelled_error, *invalid_state_error, *closed_error;
 extern PyObject *running_loop;   /* asyncio._get_running_loop */
 extern PyObject *copy_context;   /* contextvars.copy_context */
@@ -318,9 +326,9 @@ extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
-    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run;
+    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_send_later, *name_write_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
-    governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec;
+    governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec, endpoint_spec;
 
 #endif

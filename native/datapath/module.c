@@ -3,12 +3,12 @@
 
 PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
     *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type,
-    *next_type;
+    *next_type, *endpoint_type;
 PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *closed_error,
     *copy_context, *running_loop;
 PyObject *ready_iterator;
 PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle,
-    *name_take, *name_give, *name_address, *name_lkey, *name_run;
+    *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_send_later, *name_write_later;
 
 int call_none(PyObject *object, PyObject *name)
 {
@@ -44,6 +44,7 @@ static const struct {
     {"Region", &region_spec, &region_type},       {"Write", &write_spec, &write_type},
     {"Ready", &ready_spec, &ready_type},          {"Wait", &wait_spec, &wait_type},
     {"Next", &next_spec, &next_type},
+    {"Endpoint", &endpoint_spec, &endpoint_type},
 };
 
 static const struct {
@@ -62,6 +63,8 @@ static const struct {
     {"address", &name_address},
     {"lkey", &name_lkey},
     {"run", &name_run},
+    {"_send_later", &name_send_later},
+    {"_write_later", &name_write_later},
 };
 
 static const struct {

@@ -1,5 +1,5 @@
-/* The await of what comes next in an inbox: an item (Inbox.wait()), or a message (Receiver.recv(), which is what
- * conn.recv() returns).
+/* The await of what comes next in an inbox: an item (Inbox.wait()), or a message (what conn.recv()
+ * returns).
  *
  * What lies there is the result without more ado. Else the first in line lets the reactor poll, and then the event loop
  * has other tasks run until an item comes; Wait is the future for that. One that is cancelled in between loses nothing:

@@ -558,18 +558,6 @@ static PyObject *take_next(PyObject *self, PyObject *unused)
     return message;
 }
 
-static PyObject *receiver_recv(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    return next_new(((Receiver *)self)->messages, (Receiver *)self, false);
-}
-
-static PyObject *receiver_anext(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    return next_new(((Receiver *)self)->messages, (Receiver *)self, true);
-}
-
 static PyObject *take_into(PyObject *self, PyObject *args)
 {
     Receiver *receiver = (Receiver *)self;
@@ -700,8 +688,6 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 static PyMethodDef receiver_methods[] = {
     {"take", take, METH_O, "take(item): a message as bytes, its buffer posted again; other items as they are."},
     {"take_next", take_next, METH_NOARGS, "take() of the next item; None when there is none, or in another thread."},
-    {"recv", receiver_recv, METH_NOARGS, "A Next: the message that comes next; a large one is received by connection._recv_large()."},
-    {"anext", receiver_anext, METH_NOARGS, "The same, for iteration: it ends when the connection was closed in order."},
     {"take_into", take_into, METH_VARARGS, "take_into(buffer, writable): as take(), copied there; returns its length."},
     {"lend", receiver_lend, METH_O, "lend(buffer): its message is taken, and looked at where it lies."},
     {"recycle", receiver_recycle, METH_O, "recycle(buffer): posts it again; its credit is owed."},

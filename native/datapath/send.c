@@ -359,21 +359,19 @@ static int send_message(Sender *sender, const struct frame *place, const Py_buff
     return go_out(sender);
 }
 
-/* True: the message is on its way. False: it needs SendQueue.submit(), which also says what is wrong with it. */
-static PyObject *send_now(PyObject *self, PyObject *data)
+int sender_send(Sender *sender, PyObject *data)
 {
-    Sender *sender = (Sender *)self;
     struct frame place = {0};
     Py_buffer view;
     int goes = 1;
 
     for (size_t at = offsetof(Sender, table); at < offsetof(Sender, frame[1]); at += 64)
-        __builtin_prefetch((const char *)self + at);
+        __builtin_prefetch((const char *)sender + at);
     if (!may_send(sender))
-        Py_RETURN_FALSE;
+        return 0;
     if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
         PyErr_Clear();
-        Py_RETURN_FALSE;
+        return 0;
     }
     if ((size_t)view.len > sender->eager)
         goes = 0;
@@ -382,14 +380,15 @@ static PyObject *send_now(PyObject *self, PyObject *data)
     if (goes > 0 && send_message(sender, &place, &view))
         goes = -1;
     PyBuffer_Release(&view);
-    return goes < 0 ? NULL : PyBool_FromLong(goes);
+    return goes;
 }
 
 static PyObject *send_first(PyObject *self, PyObject *data)
 {
-    if (sent_in_turn((Sender *)self))
-        Py_RETURN_FALSE;
-    return send_now(self, data);
+    Sender *sender = (Sender *)self;
+    int goes = sent_in_turn(sender) ? 0 : sender_send(sender, data);
+
+    return goes < 0 ? NULL : PyBool_FromLong(goes);
 }
 
 /* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
@@ -432,34 +431,25 @@ static void put_write(Sender *sender, Write *write, const Region *region, const 
     sender->queued++;
 }
 
-static PyObject *write_now(PyObject *self, PyObject *const *args, Py_ssize_t count)
+Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
 {
-    Sender *sender = (Sender *)self;
-    PyObject *data, *region;
     Py_buffer view;
     Write *write;
     int rc = 0;
 
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "write_now() takes data and region");
-        return NULL;
-    }
-    data = args[0];
-    region = args[1];
     if (!may_write(sender, region) || !fits(sender, data, (Region *)region, &view))
-        Py_RETURN_NONE;
+        return NULL;
     write = write_new(sender);
     if (write && has_room(sender)) { /* making it may have collected garbage, and so run anything */
         put_write(sender, write, (Region *)region, &view);
         rc = go_out(sender);
     } else if (write) {
-        Py_DECREF((PyObject *)write);
-        write = (Write *)Py_NewRef(Py_None);
+        Py_CLEAR(write);
     }
     PyBuffer_Release(&view);
     if (rc)
         Py_CLEAR(write);
-    return (PyObject *)write;
+    return write;
 }
 
 /* A write for later: True when it would go this way now. */
@@ -680,11 +670,10 @@ static int set_ledger(PyObject *self, PyObject *value, void *unused)
 }
 
 static PyMethodDef sender_methods[] = {
-    {"send_now", send_now, METH_O, "send_now(data): sends a message, if it is to be copied and nothing holds it up; else False."},
-    {"send_first", send_first, METH_O, "send_now(data), if nothing has gone out in this turn of the loop; else False."},
-    {"write_now", (PyCFunction)(void (*)(void))write_now, METH_FASTCALL,
-     "write_now(data, region): a small write that nothing holds up, under way; else None."},
-    {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): the same, for post_prepared()."},
+    {"send_first", send_first, METH_O,
+     "send_first(data): sends a message, if it is to be copied, nothing holds it up, and nothing has gone out in this\n"
+     "turn of the loop; else False."},
+    {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): a small write for post_prepared(); None for what does not go this way."},
     {"post_prepared", post_prepared, METH_VARARGS,
      "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
      "other object; returns where that is."},

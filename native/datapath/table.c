@@ -334,7 +334,7 @@ static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"loop", "schedule", "on_error", "ready", "inline_cap_ns", NULL};
     Table *table = (Table *)self;
-    PyObject *loop, *schedule, *on_error, *ready;
+    PyObject *loop, *schedule, *on_error, *ready, *result;
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOL", names, &loop, &schedule, &on_error, &ready,
                                      &table->inline_cap_ns))
@@ -343,6 +343,11 @@ static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_ValueError, "a table is made once");
         return -1;
     }
+    table->done = PyObject_CallMethod(loop, "create_future", NULL);
+    result = table->done ? PyObject_CallMethod(table->done, "set_result", "O", Py_None) : NULL;
+    if (!result)
+        return -1;
+    Py_DECREF(result);
     table->loop = Py_NewRef(loop);
     table->schedule = Py_NewRef(schedule);
     table->on_error = Py_NewRef(on_error);
@@ -363,6 +368,7 @@ static int table_traverse(PyObject *self, visitproc visit, void *arg)
     for (uint32_t i = 0; i < table->used; i++)
         Py_VISIT(table->slots[i].entry);
     Py_VISIT(table->loop);
+    Py_VISIT(table->done);
     Py_VISIT(table->schedule);
     Py_VISIT(table->on_error);
     Py_VISIT(table->ready);
@@ -378,6 +384,7 @@ static int table_clear(PyObject *self)
         Py_CLEAR(table->slots[i].entry);
     objects_clear(&table->to_wake);
     Py_CLEAR(table->loop);
+    Py_CLEAR(table->done);
     Py_CLEAR(table->schedule);
     Py_CLEAR(table->on_error);
     Py_CLEAR(table->ready);
@@ -416,6 +423,7 @@ static PyMethodDef table_methods[] = {
 static PyMemberDef table_members[] = {
     {"dispatching", T_BOOL, offsetof(Table, dispatching), READONLY, "Completions that were polled are handed out."},
     {"turn_marked", T_BOOL, offsetof(Table, turn_marked), READONLY, "turned() will be called."},
+    {"done", T_OBJECT, offsetof(Table, done), READONLY, "A future that is: of what needs no waiting."},
     {"polling", T_BOOL, offsetof(Table, polling), 0, "Polls on turns of the loop."},
     {"adaptive", T_BOOL, offsetof(Table, adaptive), 0, "Somebody is in adaptive mode, and nobody in busy mode."},
     {"closed", T_BOOL, offsetof(Table, closed), 0, "Nothing is polled inside awaits any more."},

@@ -1,0 +1,176 @@
+/* What a user calls for every small message and write. Connection derives from this type and has all the rest: what
+ * cannot be done at once goes to its methods of the same names with `later`. No Python runs in between. */
+#include "datapath.h"
+
+typedef struct {
+    PyObject_HEAD
+    Sender *sends;      /* NULL until the queue pair is made */
+    Receiver *receives; /* likewise */
+} Endpoint;
+
+static PyObject *endpoint_send(PyObject *self, PyObject *data)
+{
+    Sender *sender = ((Endpoint *)self)->sends;
+    int goes = sender ? sender_send(sender, data) : 0;
+
+    if (goes > 0)
+        return Py_NewRef(sender->table->done);
+    return goes < 0 ? NULL : PyObject_CallMethodObjArgs(self, name_send_later, data, NULL);
+}
+
+/* The method takes the arguments as they are. */
+static PyObject *write_later(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    PyObject *method = PyObject_GetAttr(self, name_write_later), *positional = PyTuple_New(count), *result = NULL;
+    PyObject *named = names ? PyDict_New() : NULL;
+    bool made = method && positional && (named || !names);
+
+    for (Py_ssize_t i = 0; made && i < count; i++)
+        made = !PyTuple_SetItem(positional, i, Py_NewRef(args[i]));
+    for (Py_ssize_t i = 0; made && names && i < PyTuple_Size(names); i++)
+        made = !PyDict_SetItem(named, PyTuple_GetItem(names, i), args[count + i]);
+    if (made)
+        result = PyObject_Call(method, positional, named);
+    Py_XDECREF(method);
+    Py_XDECREF(positional);
+    Py_XDECREF(named);
+    return result;
+}
+
+static PyObject *endpoint_write(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Sender *sender = ((Endpoint *)self)->sends;
+
+    if (count == 2 && !names && sender) {
+        Write *write = sender_write(sender, args[0], args[1]);
+
+        if (write || PyErr_Occurred())
+            return (PyObject *)write;
+    }
+    return write_later(self, args, count, names);
+}
+
+static PyObject *next_message(PyObject *self, bool iterates)
+{
+    Receiver *receiver = ((Endpoint *)self)->receives;
+
+    if (receiver)
+        return next_new(receiver->messages, receiver, iterates);
+    PyErr_SetString(misuse_error, "nothing can be received before the connection is made");
+    return NULL;
+}
+
+static PyObject *endpoint_recv(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return next_message(self, false);
+}
+
+static PyObject *endpoint_anext(PyObject *self)
+{
+    return next_message(self, true);
+}
+
+/* --- the type ------------------------------------------------------------------------------------------------------- */
+
+static int endpoint_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT((PyObject *)((Endpoint *)self)->sends);
+    Py_VISIT((PyObject *)((Endpoint *)self)->receives);
+    Py_VISIT((PyObject *)Py_TYPE(self));
+    return 0;
+}
+
+static int endpoint_clear(PyObject *self)
+{
+    Py_CLEAR(((Endpoint *)self)->sends);
+    Py_CLEAR(((Endpoint *)self)->receives);
+    return 0;
+}
+
+static void endpoint_dealloc(PyObject *self)
+{
+    PyObject_GC_UnTrack(self);
+    endpoint_clear(self);
+    object_free(self);
+}
+
+static PyObject *get_part(PyObject *part, const char *name)
+{
+    if (part)
+        return Py_NewRef(part);
+    PyErr_SetString(PyExc_AttributeError, name);
+    return NULL;
+}
+
+static PyObject *get_sends(PyObject *self, void *unused)
+{
+    (void)unused;
+    return get_part((PyObject *)((Endpoint *)self)->sends, "_sends");
+}
+
+static PyObject *get_receives(PyObject *self, void *unused)
+{
+    (void)unused;
+    return get_part((PyObject *)((Endpoint *)self)->receives, "_receives");
+}
+
+/* Set once, and as long as the connection lives: a call under way needs them. */
+static int set_part(PyObject **part, PyObject *value, PyTypeObject *type)
+{
+    if (!value || *part || !PyObject_TypeCheck(value, type)) {
+        PyErr_SetString(PyExc_TypeError, "a sender and a receiver, each set once");
+        return -1;
+    }
+    *part = Py_NewRef(value);
+    return 0;
+}
+
+static int set_sends(PyObject *self, PyObject *value, void *unused)
+{
+    (void)unused;
+    return set_part((PyObject **)&((Endpoint *)self)->sends, value, sender_type);
+}
+
+static int set_receives(PyObject *self, PyObject *value, void *unused)
+{
+    (void)unused;
+    return set_part((PyObject **)&((Endpoint *)self)->receives, value, receiver_type);
+}
+
+static PyMethodDef endpoint_methods[] = {
+    {"send", endpoint_send, METH_O,
+     "send($self, data, /)\n--\n\n"
+     "Sends one message: a buffer object of any size, or a list or tuple of them. Awaiting returns None when `data` may\n"
+     "change again. Waits in turn for a credit. Messages arrive in the order they were sent."},
+    {"write", (PyCFunction)(void (*)(void))endpoint_write, METH_FASTCALL | METH_KEYWORDS,
+     "write($self, data, remote, *, notify=None)\n--\n\n"
+     "Writes a buffer object to the start of `remote` (RDMA WRITE). Awaiting returns None when the data is in the peer's\n"
+     "memory. `notify` (0 to 2**32 - 1) also wakes the peer's notified() with that value."},
+    {"recv", endpoint_recv, METH_NOARGS,
+     "recv($self, /)\n--\n\n"
+     "The next message, in the order they were sent; several receivers are served in turn. Cancelled: no message is\n"
+     "lost."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef endpoint_getset[] = {
+    {"_sends", get_sends, set_sends, "The Sender.", NULL},
+    {"_receives", get_receives, set_receives, "The Receiver.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot endpoint_slots[] = {
+    {Py_tp_dealloc, endpoint_dealloc}, {Py_tp_traverse, endpoint_traverse}, {Py_tp_clear, endpoint_clear},
+    {Py_tp_methods, endpoint_methods}, {Py_tp_getset, endpoint_getset},
+    {Py_am_aiter, PyObject_SelfIter},  {Py_am_anext, endpoint_anext},
+    {Py_tp_doc, "What is done at once of a connection's messages and writes."},
+    {0, NULL},
+};
+
+PyType_Spec endpoint_spec = {
+    .name = "aiordma._native._datapath.Endpoint",
+    .basicsize = sizeof(Endpoint),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = endpoint_slots,
+};
