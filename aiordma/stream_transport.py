@@ -164,6 +164,10 @@ class RdmaTransport(transports._FlowControlMixin):
         """False when paused or closing."""
         return not self._closing and self._can_read.is_set()
 
+    async def _readable(self) -> None:
+        while not self._can_read.is_set():  # it may be paused again before a waiter runs
+            await self._can_read.wait()
+
     def _reading_changed(self) -> None:
         buffered = isinstance(self._protocol, asyncio.BufferedProtocol)
         self._takes = self.is_reading() and not self._in.eof and not buffered
@@ -204,13 +208,13 @@ class RdmaTransport(transports._FlowControlMixin):
         try:
             await self._connection.consume(self._message)
         except ConnectionClosedError:
-            await self._can_read.wait()
+            await self._readable()
             self._peer_left()
         except ProtocolError as error:
             self._connection.fail(error)
             self._lost(error)
         except RdmaError as error:
-            await self._can_read.wait()
+            await self._readable()
             self._lost(error)
         except Exception as error:
             self._fatal_error(error, "Fatal read error on a stream")
@@ -237,7 +241,7 @@ class RdmaTransport(transports._FlowControlMixin):
         """One message for the protocol, or the end of the stream."""
         self._in.receive(len(data))
         self._reading_changed()
-        await self._can_read.wait()  # paused while the message came: it waits here
+        await self._readable()  # paused while the message came: it waits here
         if self._closing:
             return
         if not data:
@@ -245,7 +249,7 @@ class RdmaTransport(transports._FlowControlMixin):
             return
         rest = memoryview(data)
         while rest and not self._closing:
-            await self._can_read.wait()
+            await self._readable()
             rest = self._deliver(data, rest)
         self._turn_bytes += len(data)
         if self._turn_bytes >= _TURN_BYTES:
@@ -380,7 +384,7 @@ class RdmaTransport(transports._FlowControlMixin):
             return
         self._passes = not (self._pending or self._flush_due or self._closing or self._out.eof)
         self._maybe_resume_protocol()  # which may write
-        if self._closing and not self._pending:
+        if self._closing and not self._conn_lost and not self._pending:
             self._close_connection()
 
     def _post_pending(self) -> None:

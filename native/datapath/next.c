@@ -67,19 +67,17 @@ static void learn(const Next *next)
 /* The wait is over, or has yet to be. */
 static PySendResult look(Next *next, PyObject **value)
 {
-    PySendResult sent;
+    PyObject *item;
+    PySendResult sent = wait_send((PyObject *)next->wait, NULL, &item);
 
-    if (wait_has_task(next->wait)) {
-        PyErr_SetString(PyExc_RuntimeError, "what comes next is being awaited already");
-        return PYGEN_ERROR;
-    }
-    sent = wait_send((PyObject *)next->wait, NULL, value);
-    if (sent != PYGEN_RETURN)
+    if (sent != PYGEN_RETURN) {
+        *value = item;
         return sent;
+    }
     Py_CLEAR(next->wait);
     inbox_runs(next->inbox);
     learn(next);
-    return take(next, *value, value);
+    return take(next, item, value);
 }
 
 static PySendResult line_up(Next *next, PyObject **value)
@@ -152,12 +150,18 @@ static PySendResult begin(Next *next, PyObject **value)
 
 /* --- as a coroutine ------------------------------------------------------------------------------------------------- */
 
+static bool is_free(bool taken)
+{
+    if (taken)
+        PyErr_SetString(PyExc_RuntimeError, "what comes next is being awaited already");
+    return !taken;
+}
+
 static bool may_run(const Next *next)
 {
-    if (!next->runs && next->state != NEXT_OVER)
-        return true;
-    PyErr_SetString(PyExc_RuntimeError, next->runs ? "what comes next is being awaited already"
-                                                   : "what came next was awaited before, and cannot be again");
+    if (next->state != NEXT_OVER)
+        return is_free(next->runs);
+    PyErr_SetString(PyExc_RuntimeError, "what came next was awaited before, and cannot be again");
     return false;
 }
 
@@ -206,8 +210,8 @@ static PySendResult next_send(PyObject *self, PyObject *arg, PyObject **value)
     PySendResult sent;
 
     *value = NULL;
-    if (!may_run(next))
-        return PYGEN_ERROR;
+    if (!may_run(next) || !is_free(next->wait && wait_has_task(next->wait)))
+        return PYGEN_ERROR; /* of whoever asks; the one that awaits it goes on */
     next->runs = 1;
     if (next->state == NEXT_NEW)
         sent = begin(next, value);
@@ -221,6 +225,13 @@ static PySendResult next_send(PyObject *self, PyObject *arg, PyObject **value)
     else if (sent == PYGEN_RETURN)
         next->state = NEXT_OVER;
     return sent;
+}
+
+static PyObject *next_await(PyObject *self)
+{
+    const Next *next = (Next *)self;
+
+    return is_free(next->runs || next->wait || next->state == NEXT_RESTS) ? Py_NewRef(self) : NULL;
 }
 
 static PyObject *next_iternext(PyObject *self)
@@ -285,10 +296,8 @@ static PyObject *next_close(PyObject *self, PyObject *unused)
     PyObject *result;
 
     (void)unused;
-    if (next->runs) {
-        may_run(next);
+    if (!is_free(next->runs))
         return NULL;
-    }
     next->state = NEXT_OVER;
     if (next->wait && leave_line(next))
         return NULL;
@@ -333,31 +342,32 @@ static int next_clear(PyObject *self)
     return 0;
 }
 
-/* Forgotten, as Python says of its own coroutines. */
-static void never_awaited(const Next *next)
+/* Nobody will await it (any more): says so if nobody ever did, as Python does of its own coroutines. */
+static void next_finalize(PyObject *self)
 {
-    if (PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "coroutine '%s' was never awaited",
-                         next->iterates ? "Connection.__anext__" : "Connection.recv"))
+    Next *next = (Next *)self;
+    PyObject *type, *value, *traceback;
+    int rc = 0;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    if (next->receiver && next->state == NEXT_NEW)
+        rc = PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "coroutine '%s' was never awaited",
+                              next->iterates ? "Connection.__anext__" : "Connection.recv");
+    next->state = NEXT_OVER;
+    if (rc)
         table_unraisable(next->inbox->table);
+    if (next->wait && leave_line(next))
+        table_unraisable(next->inbox->table);
+    PyErr_Restore(type, value, traceback);
 }
 
 static void next_dealloc(PyObject *self)
 {
-    Next *next = (Next *)self;
-    PyObject *type, *value, *traceback;
-
     PyObject_GC_UnTrack(self);
-    if (next->wait || (next->receiver && next->state == NEXT_NEW)) {
-        PyErr_Fetch(&type, &value, &traceback);
-        if (next->state == NEXT_NEW)
-            never_awaited(next);
-        else if (leave_line(next))
-            table_unraisable(next->inbox->table);
-        PyErr_Restore(type, value, traceback);
-    }
+    next_finalize(self);
     next_clear(self);
-    Py_CLEAR(next->receiver);
-    Py_CLEAR(next->inbox);
+    Py_CLEAR(((Next *)self)->receiver);
+    Py_CLEAR(((Next *)self)->inbox);
     object_free(self);
 }
 
@@ -383,8 +393,8 @@ static PyMemberDef next_members[] = {
 static PyType_Slot next_slots[] = {
     {Py_tp_dealloc, next_dealloc}, {Py_tp_traverse, next_traverse}, {Py_tp_clear, next_clear},
     {Py_tp_methods, next_methods}, {Py_tp_members, next_members},   {Py_tp_getset, next_getset},
-    {Py_am_await, PyObject_SelfIter}, {Py_tp_iter, PyObject_SelfIter}, {Py_tp_iternext, next_iternext},
-    {Py_am_send, (void *)next_send},
+    {Py_am_await, next_await},     {Py_am_send, (void *)next_send},    {Py_tp_finalize, next_finalize},
+    {Py_tp_iter, PyObject_SelfIter}, {Py_tp_iternext, next_iternext},
     {Py_tp_doc, "The await of what comes next in an inbox: a coroutine, as far as asyncio can tell."},
     {0, NULL},
 };

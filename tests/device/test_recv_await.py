@@ -9,7 +9,8 @@ from collections.abc import Coroutine
 import pytest
 
 from aiordma import Config, Connection
-from aiordma.errors import ConnectionClosedError, WrongLoopError
+from aiordma.errors import ConnectionClosedError, DeviceGoneError, WrongLoopError
+from aiordma.receive_queue import ReceiveQueue
 from tests.device.conftest import MakePair, Pair
 
 pytestmark = pytest.mark.device
@@ -50,16 +51,80 @@ async def test_one_cannot_be_awaited_twice(pair: MakePair) -> None:
     await _still_receives(both)
 
 
-async def test_a_second_task_does_not_disturb_the_first(pair: MakePair) -> None:
+@pytest.mark.parametrize("arrived", [False, True], ids=["still waits", "has its message"])
+async def test_a_second_task_does_not_disturb_the_first(pair: MakePair, arrived: bool) -> None:
     both = await pair()
     receive = both.server.recv()
     first = asyncio.create_task(receive)
     await asyncio.sleep(0)
-    with pytest.raises(RuntimeError, match="is being awaited already"):
-        await asyncio.create_task(receive)
-    first.cancel()
-    await asyncio.wait([first])
+    second = asyncio.create_task(receive)
+    if arrived:
+        await both.client.send(b"for the first")
+        await both.client.flush()
+    with pytest.raises(RuntimeError, match=r"is being awaited already|cannot be again"):
+        await second
+    if not arrived:
+        await both.client.send(b"for the first")
+    assert await first == b"for the first"
     await _still_receives(both)
+
+
+async def test_it_cannot_be_awaited_while_it_is(pair: MakePair) -> None:
+    both = await pair(Config(max_message_size=64 << 20))
+    receive = both.server.recv()
+
+    async def await_it() -> bytes:
+        return await receive
+
+    first = asyncio.create_task(await_it())
+    await asyncio.sleep(0)
+    large = bytes(32 << 20)
+    sending = asyncio.ensure_future(both.client.send(large))
+    refused = 0
+    while not first.done():  # in line, and then while the message is being read
+        with pytest.raises(RuntimeError, match=r"is being awaited already|cannot be again"):
+            await asyncio.create_task(await_it())
+        refused += 1
+        await asyncio.sleep(0)
+    assert refused
+    assert await first == large
+    await sending
+
+
+async def test_what_cannot_be_taken_raises(pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffer cannot be given back, because the device is gone."""
+    both = await pair()
+    receives = both.server._receives
+    receive = both.server.recv()
+    receive.send(None)
+    await both.client.send(b"taken too late")
+    while not receives.handed:
+        await asyncio.sleep(0)
+
+    def left(self: ReceiveQueue, buffer: object) -> None:
+        raise DeviceGoneError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ReceiveQueue, "left", left)
+        receives.closed = True
+        with pytest.raises(DeviceGoneError):
+            receive.send(None)
+        receives.closed = False
+    await _still_receives(both)
+
+
+async def test_one_in_a_cycle_of_garbage_gives_back_what_it_has_got(pair: MakePair) -> None:
+    both = await pair()
+    receive = both.server.recv()
+    receive.send(None)
+    await both.client.send(b"message")
+    while not both.server._receives.handed:
+        await asyncio.sleep(0)
+    cycle: list[object] = [receive]
+    cycle.append(cycle)
+    del receive, cycle
+    gc.collect()
+    assert await both.server.recv() == b"message"
 
 
 async def test_one_that_is_closed_or_forgotten_leaves_the_line(pair: MakePair) -> None:

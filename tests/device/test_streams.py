@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.device.stream_ends import RESET, Network, Recorder
+from tests.device.stream_ends import RESET, BufferedRecorder, Network, Recorder
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("no_leaked_tasks")]
 
@@ -280,6 +280,30 @@ async def test_pause_reading_in_data_received(net: Network) -> None:
         assert server.transport.is_reading()
     assert await server.lost() is None
     assert server.data == BIG
+
+
+class Sip(BufferedRecorder):
+    """Takes four bytes, and pauses."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.transport.pause_reading()
+        super().buffer_updated(nbytes)
+
+
+async def test_no_data_when_reading_is_resumed_and_paused_again_at_once(net: Network) -> None:
+    client, server = await net.pair(server=Sip())
+    client.transport.write(b"onlyfoureach")
+    assert await server.received(4) == b"only"
+    for _ in range(3):
+        server.transport.resume_reading()
+        server.transport.pause_reading()
+        await net.quiet()
+    assert server.data == b"only"
+    server.transport.resume_reading()
+    assert await server.received(8) == b"onlyfour"
 
 
 async def test_the_end_waits_for_a_paused_reader(net: Network) -> None:

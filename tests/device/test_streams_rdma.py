@@ -99,6 +99,33 @@ async def test_writelines_leave_together(net: Network) -> None:
     assert await messages(client, server, 1000) == 1
 
 
+class EndsWhenWritable(Recorder):
+    """What was written fits again, and that is the end."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.end = end
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        getattr(self.transport, self.end)()
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_a_protocol_that_ends_in_resume_writing_is_told_once(net: Network, end: str) -> None:
+    client, server = await net.pair(EndsWhenWritable(end))
+    client.transport.set_write_buffer_limits(high=0)
+    client.transport.write(b"at once")
+    client.transport.write(b"in the buffer")
+    assert not client.writable
+    await client.lost()
+    await server.lost()
+    await net.quiet()  # a second callback would have come by now
+    assert await client.lost() is None
+    assert client.calls == ["made", "pause", "resume", ("lost", None)]
+    assert bytes(server.data) in (b"at oncein the buffer", *([b"", b"at once"] if end == "abort" else []))
+
+
 async def test_a_large_write_travels_in_large_messages(net: Network) -> None:
     client, server = await net.pair()
     client.transport.write(b"header")
