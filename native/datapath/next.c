@@ -1,10 +1,9 @@
-/* The await of what comes next in an inbox: an item (Inbox.wait()), or a message (what conn.recv()
- * returns).
+/* The await of what comes next in an inbox: an item (Inbox.wait()), or a message (what conn.recv() returns).
  *
  * What lies there is the result without more ado. Else the first in line lets the reactor poll, and then the event loop
  * has other tasks run until an item comes; Wait is the future for that. One that is cancelled in between loses nothing:
- * the item it has got goes back. To asyncio it is a coroutine (send, throw, close): of the four that were there before,
- * each resumed by the one around it, a message cost more than of all the rest on its way. */
+ * the item it has got goes back. To asyncio it is a coroutine (send, throw, close), by hand: coroutines of Python's, one
+ * inside the other, took a third of the time of a message there and back. */
 #include "datapath.h"
 
 enum next_state { NEXT_NEW, NEXT_IN_LINE, NEXT_RESTS, NEXT_OVER };
