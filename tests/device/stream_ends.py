@@ -240,7 +240,8 @@ class Network:
     async def finish(self) -> None:
         for end in self._ends:
             if hasattr(end, "transport"):
-                end.transport.abort()
+                if not end.is_lost:  # asyncio's of Python 3.13.0 cannot abort one that is gone
+                    end.transport.abort()
                 await end.lost()
         for writer in self._writers:
             writer.transport.abort()

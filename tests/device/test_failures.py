@@ -64,6 +64,7 @@ async def in_flight(
     credits = connection.statistics().send_credits
     window = [connection.send(b"fills the peer's window") for _ in range(credits)]
     await asyncio.gather(*window)
+    await connection.flush()  # what is under way later is what fails
     data = bytes(1 << 20)
     cut()
     operations: list[asyncio.Future[object]] = [connection.send(b"waits for a credit") for _ in range(58)]
