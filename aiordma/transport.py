@@ -594,11 +594,8 @@ class Connection(Endpoint):
 
     async def _message(self) -> Buffer | bytes | Taking:
         """The next message, where it lies; the caller takes it before it awaits anything."""
-        inbox = self._receives.messages
         while True:
-            message = inbox.get()
-            if message is None:
-                message = await inbox.wait()
+            message: Buffer | bytes | Taking = await self._receives.messages.wait()
             if not isinstance(message, Taking) or not message.withdrawn:
                 return message
 
@@ -618,9 +615,7 @@ class Connection(Endpoint):
         The data it announces is in place. Errors and cancellation as :meth:`recv`.
         """
         self._check_loop()
-        inbox = self._receives.notifications
-        value = inbox.get()
-        return self._receives.take_notification(await inbox.wait() if value is None else value)
+        return self._receives.take_notification(await self._receives.notifications.wait())
 
     # --- one-sided operations ------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ typedef struct {
 
 long long now_ns(void);
 void governor_learn(Governor *governor, long long elapsed_ns);
+int governor_of(PyObject *value, Governor **governor); /* borrowed; None: NULL. -1 and TypeError */
 
 struct pending {
     PyObject *entry; /* NULL: free */

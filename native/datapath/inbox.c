@@ -116,16 +116,6 @@ static PyObject *put_back(PyObject *self, PyObject *item)
     return given < 0 ? NULL : PyBool_FromLong(given);
 }
 
-static PyObject *get(PyObject *self, PyObject *unused)
-{
-    PyObject *item = objects_pop(&((Inbox *)self)->items);
-
-    (void)unused;
-    if (item)
-        return item;
-    Py_RETURN_NONE;
-}
-
 bool inbox_has(PyObject *inbox)
 {
     return ((Inbox *)inbox)->items.count > 0;
@@ -181,21 +171,20 @@ static int inbox_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"table", "cq", "governor", "give_back", NULL};
     Inbox *inbox = (Inbox *)self;
-    PyObject *table, *governor = Py_None, *give_back = Py_None;
+    PyObject *table, *value = Py_None, *give_back = Py_None;
+    Governor *governor;
     unsigned long long cq = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|KOO", names, table_type, &table, &cq, &governor, &give_back))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|KOO", names, table_type, &table, &cq, &value, &give_back))
         return -1;
-    if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
-        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+    if (governor_of(value, &governor))
         return -1;
-    }
     if (inbox->table) {
         PyErr_SetString(PyExc_ValueError, "an inbox is made once");
         return -1;
     }
     inbox->cq = (struct ibv_cq *)(uintptr_t)cq;
-    inbox->governor = governor == Py_None ? NULL : (Governor *)Py_NewRef(governor);
+    inbox->governor = (Governor *)Py_XNewRef((PyObject *)governor);
     inbox->give_back = give_back == Py_None ? NULL : Py_NewRef(give_back);
     inbox->table = (Table *)Py_NewRef(table);
     return 0;
@@ -271,7 +260,6 @@ static void inbox_dealloc(PyObject *self)
 static PyMethodDef inbox_methods[] = {
     {"put", put, METH_O, "One more item, for the first in line or for later; True when somebody has it now."},
     {"put_back", put_back, METH_O, "An item that was taken is the next one again; True as for put()."},
-    {"get", get, METH_NOARGS, "The next item, or None when there is none."},
     {"wait", wait_for_next, METH_NOARGS, "A Next: the next item, when there is one; raises what fail() was given."},
     {"spin", spin, METH_O, "spin(what): polls until what.done(), as for an item, or not at all without a queue."},
     {"fail", fail, METH_O,

@@ -438,7 +438,7 @@ static bool consumes(const Receiver *receiver)
 
 static int consume(Receiver *receiver, Buffer *buffer)
 {
-    PyObject *message = payload(buffer), *until, *held = NULL;
+    PyObject *message = payload(buffer), *until;
 
     if (!message || recycle(receiver, buffer)) {
         Py_XDECREF(message);
@@ -448,14 +448,9 @@ static int consume(Receiver *receiver, Buffer *buffer)
     until = PyObject_CallFunctionObjArgs(receiver->consumer, message, NULL);
     Py_DECREF(message);
     if (until && until != Py_None)
-        held = PyObject_CallMethod(receiver->sender->connection, "hold", "O", until);
-    if (until == Py_None || held) {
-        Py_DECREF(until);
-        Py_XDECREF(held);
-        return 0;
-    }
+        until = PyObject_CallMethod(receiver->sender->connection, "hold", "N", until);
     Py_XDECREF(until);
-    return -1;
+    return until ? 0 : -1;
 }
 
 /* A message that breaks the protocol: its buffer is free, and the connection ends. */

@@ -564,16 +564,15 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
     Sender *sender = (Sender *)self;
     unsigned long long qp, cq;
     unsigned long max_inline;
-    PyObject *table, *credit_queue, *slot_queue, *staging, *connection, *loop, *governor;
+    PyObject *table, *credit_queue, *slot_queue, *staging, *connection, *loop, *value;
+    Governor *governor;
     int spins;
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKkOOOOOOp", names, table_type, &table, &qp, &cq, &max_inline,
-                                     &credit_queue, &slot_queue, &staging, &connection, &loop, &governor, &spins))
+                                     &credit_queue, &slot_queue, &staging, &connection, &loop, &value, &spins))
         return -1;
-    if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
-        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+    if (governor_of(value, &governor))
         return -1;
-    }
     if (sender->table) {
         PyErr_SetString(PyExc_ValueError, "a sender is made once");
         return -1;
@@ -586,7 +585,7 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
     sender->cq = (struct ibv_cq *)(uintptr_t)cq;
     sender->connection = Py_NewRef(connection);
     sender->loop = Py_NewRef(loop);
-    sender->governor = governor == Py_None ? NULL : (Governor *)Py_NewRef(governor);
+    sender->governor = (Governor *)Py_XNewRef((PyObject *)governor);
     sender->spins = (char)spins;
     sender->credit_queue = Py_NewRef(credit_queue);
     sender->slot_queue = Py_NewRef(slot_queue);
@@ -673,7 +672,8 @@ static PyMethodDef sender_methods[] = {
     {"send_first", send_first, METH_O,
      "send_first(data): sends a message, if it is to be copied, nothing holds it up, and nothing has gone out in this\n"
      "turn of the loop; else False."},
-    {"prepare_write", prepare_write, METH_VARARGS, "prepare_write(data, region): a small write for post_prepared(); None for what does not go this way."},
+    {"prepare_write", prepare_write, METH_VARARGS,
+     "prepare_write(data, region): a small write for post_prepared(); None for what does not go this way."},
     {"post_prepared", post_prepared, METH_VARARGS,
      "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
      "other object; returns where that is."},

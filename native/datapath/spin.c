@@ -38,6 +38,16 @@ void governor_learn(Governor *governor, long long elapsed_ns)
     governor->average_ns += (elapsed_ns - governor->average_ns) / 8;
 }
 
+int governor_of(PyObject *value, Governor **governor)
+{
+    if (value != Py_None && !PyObject_TypeCheck(value, governor_type)) {
+        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+        return -1;
+    }
+    *governor = value == Py_None ? NULL : (Governor *)value;
+    return 0;
+}
+
 static void governor_hit(Governor *governor, bool found)
 {
     governor->hit_rate += ((found ? 1.0 : 0.0) - governor->hit_rate) / 16;

@@ -271,12 +271,9 @@ static PyObject *spin(PyObject *self, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "OKOp", &what, &cq, &governor, &once))
         return NULL;
-    if (governor != Py_None && !PyObject_TypeCheck(governor, governor_type)) {
-        PyErr_SetString(PyExc_TypeError, "governor: a Governor, or None");
+    if (governor_of(governor, &how.governor))
         return NULL;
-    }
     how.cq = (struct ibv_cq *)(uintptr_t)cq;
-    how.governor = governor == Py_None ? NULL : (Governor *)governor;
     how.once = once;
     how.done = says_done;
     how.what = what;
@@ -423,7 +420,6 @@ static PyMethodDef table_methods[] = {
 static PyMemberDef table_members[] = {
     {"dispatching", T_BOOL, offsetof(Table, dispatching), READONLY, "Completions that were polled are handed out."},
     {"turn_marked", T_BOOL, offsetof(Table, turn_marked), READONLY, "turned() will be called."},
-    {"done", T_OBJECT, offsetof(Table, done), READONLY, "A future that is: of what needs no waiting."},
     {"polling", T_BOOL, offsetof(Table, polling), 0, "Polls on turns of the loop."},
     {"adaptive", T_BOOL, offsetof(Table, adaptive), 0, "Somebody is in adaptive mode, and nobody in busy mode."},
     {"closed", T_BOOL, offsetof(Table, closed), 0, "Nothing is polled inside awaits any more."},
