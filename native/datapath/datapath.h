@@ -40,10 +40,21 @@
 #define HEADER_SIZE 16
 #define FRAME_MESSAGE 1
 
-/* A queue of references, oldest first; a ring that doubles when it is full. All zero is an empty one. */
+/* Every line of it is on its way to the cache, if it is not there: together they take as long as one. */
+static inline void prefetch(const void *at, size_t size)
+{
+    for (uintptr_t line = (uintptr_t)at & ~(uintptr_t)63; line < (uintptr_t)at + size; line += 64)
+        __builtin_prefetch((const void *)line);
+}
+
+/* A queue of references, oldest first; a ring that doubles when it is full. All zero is an empty one. It stays where
+ * it is: the first few places are in it, where most of those who wait for something find room. */
+#define FEW 2
+
 struct objects {
     PyObject **at;
     Py_ssize_t size, head, count; /* size is a power of two, or 0 */
+    PyObject *few[FEW];
 };
 
 int objects_append(struct objects *queue, PyObject *object);  /* takes a new reference; -1 and MemoryError */
@@ -250,14 +261,21 @@ typedef struct Write {
 #define FRAMES 32   /* that wait for the end of a turn */
 #define WRITES 64   /* in flight */
 
-/* One work request that is gathered. */
+/* One work request that is put together. */
 struct frame {
-    uint32_t length;
-    uint32_t lkey;    /* of `address` */
-    uint64_t address; /* of a message in a staging buffer; 0: inline */
+    uint64_t address; /* of its bytes */
     uint64_t remote;  /* of a write */
-    uint32_t rkey;    /* likewise */
     Write *write;     /* NULL: a message */
+    uint32_t length;
+    uint32_t rkey;    /* of a write */
+    uint32_t lkey;    /* of a staging buffer */
+    bool staged;      /* a message in a staging buffer; else inline */
+};
+
+/* Those that wait for the end of a turn. */
+struct gathered {
+    struct frame frame[FRAMES];
+    unsigned char data[]; /* FRAMES of `stride` bytes, inline data */
 };
 
 struct Sender {
@@ -267,7 +285,7 @@ struct Sender {
     Ledger *ledger;
     struct ibv_qp *qp;
     size_t stride;
-    unsigned char *frames;  /* FRAMES of `stride` bytes; NULL until the first is gathered */
+    struct gathered *gathered; /* NULL until the first is gathered */
     Sender *next;           /* among the dirty ones */
     unsigned long long turn; /* when something was sent last */
     long long reserved, wanted_back, sent, handed;
@@ -279,10 +297,9 @@ struct Sender {
     unsigned int writes;
     char dirty, open, spins;
     char may_wait;          /* somebody may be in one of these two: set by Python, cleared here */
-    PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
-    struct frame frame[FRAMES];
     Group *groups[GROUPS];
     PyObject *staging;      /* StagingPool */
+    PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
     struct objects staged;  /* its buffers that we hold, in the order of their messages */
     PyObject *connection, *loop;
     struct ibv_cq *cq;

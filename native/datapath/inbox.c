@@ -5,10 +5,16 @@
 
 #include <string.h>
 
+static void free_places(struct objects *queue)
+{
+    if (queue->at != queue->few)
+        PyMem_Free(queue->at);
+}
+
 static int objects_grow(struct objects *queue)
 {
-    Py_ssize_t size = queue->size ? 2 * queue->size : 8;
-    PyObject **at = PyMem_Malloc((size_t)size * sizeof(*at));
+    Py_ssize_t size = queue->size ? 2 * queue->size : FEW;
+    PyObject **at = queue->size ? PyMem_Malloc((size_t)size * sizeof(*at)) : queue->few;
 
     if (!at) {
         PyErr_NoMemory();
@@ -16,7 +22,7 @@ static int objects_grow(struct objects *queue)
     }
     for (Py_ssize_t i = 0; i < queue->count; i++)
         at[i] = queue->at[(queue->head + i) & (queue->size - 1)];
-    PyMem_Free(queue->at);
+    free_places(queue);
     queue->at = at;
     queue->size = size;
     queue->head = 0;
@@ -82,7 +88,7 @@ void objects_clear(struct objects *queue)
 
     while ((object = objects_pop(queue)))
         Py_DECREF(object);
-    PyMem_Free(queue->at);
+    free_places(queue);
     memset(queue, 0, sizeof(*queue));
 }
 

@@ -501,9 +501,9 @@ int buffer_completed(Buffer *buffer, const struct glue_wc *wc)
     if (!receiver) /* of a queue pair that is gone: the receive is for the others */
         return ring->closed ? 0 : ring_post(ring, buffer);
     Py_INCREF((PyObject *)receiver);
-    __builtin_prefetch(receiver->ledger);
-    __builtin_prefetch(receiver->messages);
-    __builtin_prefetch(&receiver->sender->wanted_back);
+    prefetch(receiver->ledger, sizeof(*receiver->ledger));
+    prefetch(receiver->messages, sizeof(*receiver->messages));
+    prefetch(receiver->sender, offsetof(Sender, groups));
     if (wc->status == IBV_WC_SUCCESS && wc->opcode == IBV_WC_RECV && receiver->ledger && !receiver->closed &&
         message_header(buffer, wc->byte_len, &header)) {
         rc = message_arrived(receiver, buffer, &header);

@@ -123,25 +123,23 @@ static int message_posting(Sender *sender, const struct frame *frame, struct ibv
     }
     wr->wr_id = group->wr_id;
     wr->opcode = IBV_WR_SEND;
-    group->staged += frame->address != 0;
+    group->staged += frame->staged;
     if (++group->count == GROUP)
         close_group(sender, wr);
     return 0;
 }
 
-/* The work request of what is gathered at `i`. -1 and an exception. */
-static int make_request(Sender *sender, unsigned int i, struct ibv_send_wr *wr, struct ibv_sge *sge)
+/* The work request of a frame. -1 and an exception. */
+static int make_request(Sender *sender, struct frame *frame, struct ibv_send_wr *wr, struct ibv_sge *sge)
 {
-    struct frame *frame = &sender->frame[i];
-
     memset(wr, 0, sizeof(*wr));
     if (frame->length) {
-        sge->addr = frame->address ? frame->address : (uintptr_t)(sender->frames + i * sender->stride);
+        sge->addr = frame->address;
         sge->length = frame->length;
         sge->lkey = frame->lkey;
         wr->sg_list = sge;
         wr->num_sge = 1;
-        wr->send_flags = frame->address ? 0 : IBV_SEND_INLINE;
+        wr->send_flags = frame->staged ? 0 : IBV_SEND_INLINE;
     }
     if (!frame->write)
         return message_posting(sender, frame, wr);
@@ -168,8 +166,8 @@ static void leave_dirty(Sender *sender)
 }
 
 /* The device did not take requests, the last `writes` writes in the list among them, or there was no memory to make
- * them: nothing may be posted behind the gap, and their writes, like those still gathered, end with the error. */
-static int refused(Sender *sender, int rc, unsigned int writes)
+ * them: nothing may be posted behind the gap, and their writes, like those still in a frame, end with the error. */
+static int refused(Sender *sender, struct frame *frames, unsigned int count, int rc, unsigned int writes)
 {
     PyObject *error;
 
@@ -177,48 +175,46 @@ static int refused(Sender *sender, int rc, unsigned int writes)
     error = PyObject_CallMethod((PyObject *)sender, "message_refused", "i", rc);
     if (!error)
         return -1;
-    for (int i = 0; i < FRAMES; i++) {
-        if (!sender->frame[i].write)
+    for (unsigned int i = 0; i < count; i++) {
+        if (!frames[i].write)
             continue;
         sender->writes--;
-        write_refused(sender->frame[i].write, error);
-        Py_CLEAR(sender->frame[i].write);
+        write_refused(frames[i].write, error);
+        Py_CLEAR(frames[i].write);
     }
     writes_drop(sender, writes, error);
     Py_DECREF(error);
     return 0;
 }
 
-int sender_flush(Sender *sender)
+/* At most FRAMES, with one doorbell. Runs no code of others unless the device refuses. -1 and an exception of a
+ * callback. */
+static int post(Sender *sender, struct frame *frames, unsigned int count)
 {
     struct ibv_send_wr wrs[FRAMES], *bad = NULL;
     struct ibv_sge sges[FRAMES];
-    unsigned int count = sender->queued, missed = 0;
+    unsigned int missed = 0;
     struct ibv_send_wr *last_write = NULL, *last_message = NULL;
     bool staged = false;
     long long now = 0;
     int rc;
 
-    leave_dirty(sender);
-    sender->queued = 0;
-    if (!count)
-        return 0;
     for (unsigned int i = 0; i < count; i++) {
-        Write *write = sender->frame[i].write;
+        Write *write = frames[i].write;
 
         if (write) {
             last_write = &wrs[i];
             if (sender->governor)
                 write->started_ns = now = now ? now : now_ns();
         }
-        if (make_request(sender, i, &wrs[i], &sges[i])) {
+        if (make_request(sender, &frames[i], &wrs[i], &sges[i])) {
             PyErr_Clear();
-            return refused(sender, ENOMEM, missed);
+            return refused(sender, frames, count, ENOMEM, missed);
         }
         missed += write != NULL;
         if (!write) {
             last_message = &wrs[i];
-            staged |= sender->frame[i].address != 0;
+            staged |= frames[i].staged;
         }
         wrs[i].next = i + 1 < count ? &wrs[i + 1] : NULL;
     }
@@ -233,7 +229,16 @@ int sender_flush(Sender *sender)
     }
     for (missed = 0; bad; bad = bad->next)
         missed += bad->opcode == IBV_WR_RDMA_WRITE;
-    return refused(sender, rc, missed);
+    return refused(sender, frames, count, rc, missed);
+}
+
+int sender_flush(Sender *sender)
+{
+    unsigned int count = sender->queued;
+
+    leave_dirty(sender);
+    sender->queued = 0;
+    return count ? post(sender, sender->gathered->frame, count) : 0;
 }
 
 static int join_dirty(Sender *sender)
@@ -255,27 +260,51 @@ static bool sent_in_turn(const Sender *sender)
     return sender->turn == sender->table->turn;
 }
 
-/* What has been gathered goes out: at once if it is the first of this turn of the loop, else with others. */
-static int go_out(Sender *sender)
+/* Whether the next frame is the first of this turn of the loop, which goes out at once. Runs code of others. */
+static bool begins_turn(Sender *sender)
 {
-    bool first = !sent_in_turn(sender);
-
-    if (!first && sender->queued < FRAMES)
-        return join_dirty(sender);
-    sender->turn = sender->table->turn;
-    if (first && table_mark_turn(sender->table)) {
-        sender->turn = 0; /* the loop is closed: nobody would say that the turn is over */
-        PyErr_Clear();
-    }
-    return sender_flush(sender);
+    if (sent_in_turn(sender) || sender->queued)
+        return false;
+    if (table_mark_turn(sender->table))
+        PyErr_Clear(); /* the loop is closed */
+    return true;
 }
 
-/* Where inline data is gathered. Most connections of a server are idle, and some never send: none until one does. */
-static bool has_frames(Sender *sender)
+/* Bytes of inline data that are put together on the stack, which is in the cache, when they go out at once. */
+#define AT_ONCE 1024
+
+/* Whether there is a place to put a frame together, and its inline data. Most connections of a server are idle, and
+ * many have one message a turn: they have no memory for frames until one gathers some. */
+static bool has_place(Sender *sender, bool at_once)
 {
-    if (!sender->frames && sender->stride)
-        sender->frames = PyMem_Malloc(FRAMES * sender->stride);
-    return sender->frames || !sender->stride;
+    if (at_once && sender->stride <= AT_ONCE)
+        return true;
+    if (!sender->gathered)
+        sender->gathered = PyMem_Calloc(1, sizeof(*sender->gathered) + FRAMES * sender->stride);
+    return sender->gathered != NULL;
+}
+
+/* Of inline data, in that place; `here` has AT_ONCE bytes. */
+static unsigned char *inline_room(Sender *sender, unsigned char *here, bool at_once)
+{
+    return at_once && sender->stride <= AT_ONCE ? here : sender->gathered->data + sender->queued * sender->stride;
+}
+
+static void gather(Sender *sender, const struct frame *frame)
+{
+    sender->gathered->frame[sender->queued++] = *frame;
+}
+
+/* What has been put together goes out, at once or with others. */
+static int go_out(Sender *sender, struct frame *frame, bool at_once)
+{
+    if (at_once) {
+        /* Where nobody would say that the turn is over, the next one is the first again. */
+        sender->turn = sender->table->turn_marked ? sender->table->turn : 0;
+        return post(sender, frame, 1);
+    }
+    gather(sender, frame);
+    return sender->queued < FRAMES ? join_dirty(sender) : sender_flush(sender);
 }
 
 /* What is gathered fills at most the rest of a group, and FRAMES / GROUP more. */
@@ -287,7 +316,7 @@ static bool may_send(Sender *sender)
 
     return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
            sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender) &&
-           table_here(sender->table) && has_frames(sender);
+           table_here(sender->table);
 }
 
 /* Where a staging buffer is. -1 and an exception. */
@@ -296,6 +325,7 @@ static int locate(PyObject *buffer, struct frame *frame)
     PyObject *address = PyObject_GetAttr(buffer, name_address), *lkey = PyObject_GetAttr(buffer, name_lkey);
 
     if (address && lkey) {
+        frame->staged = true;
         frame->address = PyLong_AsUnsignedLongLong(address);
         frame->lkey = (uint32_t)PyLong_AsUnsignedLong(lkey);
     }
@@ -332,13 +362,10 @@ static int take_buffer(Sender *sender, struct frame *frame)
     return rc;
 }
 
-/* `place` has the address and key of a staging buffer, or none. Runs no code of others before the message is in its
- * place in the queue. */
-static int send_message(Sender *sender, const struct frame *place, const Py_buffer *data)
+/* The frame has a staging buffer, or is empty. Runs no code of others before the message has left. */
+static int send_message(Sender *sender, struct frame *frame, const Py_buffer *data, bool at_once)
 {
-    struct frame *frame = &sender->frame[sender->queued];
-    unsigned char *at = place->address ? (unsigned char *)(uintptr_t)place->address
-                                       : sender->frames + sender->queued * sender->stride;
+    unsigned char here[AT_ONCE], *at;
     uint32_t credits[2], nbytes = (uint32_t)data->len, length = htonl(nbytes);
 
     if (ledger_send_data(sender->ledger))
@@ -348,36 +375,50 @@ static int send_message(Sender *sender, const struct frame *place, const Py_buff
     ledger_stamp(sender->ledger, &credits[0], &credits[1]);
     credits[0] = htonl(credits[0]);
     credits[1] = htonl(credits[1]);
+    at = frame->staged ? (unsigned char *)(uintptr_t)frame->address : inline_room(sender, here, at_once);
     memset(at, 0, 4);
     at[0] = FRAME_MESSAGE;
     memcpy(at + 4, &length, 4);
     memcpy(at + 8, credits, 8);
     memcpy(at + HEADER_SIZE, data->buf, nbytes);
-    *frame = *place;
+    frame->address = (uintptr_t)at;
     frame->length = HEADER_SIZE + nbytes;
-    sender->queued++;
-    return go_out(sender);
+    return go_out(sender, frame, at_once);
+}
+
+/* Of many senders, one that was not used lately is in no cache: what it needs is asked for at once. */
+static void fetch(const Sender *sender)
+{
+    prefetch(sender, offsetof(Sender, groups));
+    prefetch(sender->ledger, sizeof(*sender->ledger));
+    prefetch(sender->groups[sender->group], sizeof(Group));
+    prefetch(sender->qp, sizeof(sender->qp->context));
+}
+
+static bool is_usable(const Sender *sender)
+{
+    return sender->open && table_here(sender->table);
 }
 
 int sender_send(Sender *sender, PyObject *data)
 {
-    struct frame place = {0};
+    struct frame frame = {0};
     Py_buffer view;
-    int goes = 1;
+    bool at_once;
+    int goes;
 
-    for (size_t at = offsetof(Sender, table); at < offsetof(Sender, frame[1]); at += 64)
-        __builtin_prefetch((const char *)sender + at);
-    if (!may_send(sender))
+    fetch(sender);
+    if (!is_usable(sender))
         return 0;
     if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
         PyErr_Clear();
         return 0;
     }
-    if ((size_t)view.len > sender->eager)
-        goes = 0;
-    else if ((size_t)view.len + HEADER_SIZE > sender->stride)
-        goes = take_buffer(sender, &place);
-    if (goes > 0 && send_message(sender, &place, &view))
+    at_once = begins_turn(sender);
+    goes = may_send(sender) && (size_t)view.len <= sender->eager && has_place(sender, at_once);
+    if (goes && (size_t)view.len + HEADER_SIZE > sender->stride)
+        goes = take_buffer(sender, &frame);
+    if (goes > 0 && send_message(sender, &frame, &view, at_once))
         goes = -1;
     PyBuffer_Release(&view);
     return goes;
@@ -392,15 +433,10 @@ static PyObject *send_first(PyObject *self, PyObject *data)
 }
 
 /* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
-static bool has_room(Sender *sender)
+static bool may_write(Sender *sender, bool at_once)
 {
     return sender->open && sender->writes < WRITES &&
-           !(in_queues(sender) && PyObject_Size(sender->slot_queue) > 0) && has_frames(sender);
-}
-
-static bool may_write(Sender *sender, PyObject *region)
-{
-    return has_room(sender) && PyObject_TypeCheck(region, region_type) && table_here(sender->table);
+           !(in_queues(sender) && PyObject_Size(sender->slot_queue) > 0) && has_place(sender, at_once);
 }
 
 /* Whether a write of this object goes this way; its buffer, which the caller releases. */
@@ -416,33 +452,39 @@ static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_
     return false;
 }
 
-/* Gathers a write. Runs no code of others between the copy and its place in the queue. */
-static void put_write(Sender *sender, Write *write, const Region *region, const Py_buffer *view)
+/* Puts a write together at `at`. Runs no code of others. */
+static struct frame make_write(Sender *sender, Write *write, const Region *region, const Py_buffer *view,
+                               unsigned char *at)
 {
-    struct frame *frame = &sender->frame[sender->queued];
-
-    memcpy(sender->frames + sender->queued * sender->stride, view->buf, (size_t)view->len);
-    memset(frame, 0, sizeof(*frame));
-    frame->length = (uint32_t)view->len;
-    frame->remote = region->grant->address + region->offset;
-    frame->rkey = region->grant->rkey;
-    frame->write = (Write *)Py_NewRef((PyObject *)write);
+    memcpy(at, view->buf, (size_t)view->len);
     sender->writes++;
-    sender->queued++;
+    return (struct frame){
+        .length = (uint32_t)view->len,
+        .address = (uintptr_t)at,
+        .remote = region->grant->address + region->offset,
+        .rkey = region->grant->rkey,
+        .write = (Write *)Py_NewRef((PyObject *)write),
+    };
 }
 
 Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
 {
+    unsigned char here[AT_ONCE];
     Py_buffer view;
     Write *write;
+    bool at_once;
     int rc = 0;
 
-    if (!may_write(sender, region) || !fits(sender, data, (Region *)region, &view))
+    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
+        !fits(sender, data, (Region *)region, &view))
         return NULL;
-    write = write_new(sender);
-    if (write && has_room(sender)) { /* making it may have collected garbage, and so run anything */
-        put_write(sender, write, (Region *)region, &view);
-        rc = go_out(sender);
+    at_once = begins_turn(sender);
+    write = may_write(sender, at_once) ? write_new(sender) : NULL;
+    if (write && may_write(sender, at_once)) { /* making it may have collected garbage, and so run anything */
+        unsigned char *at = inline_room(sender, here, at_once);
+        struct frame frame = make_write(sender, write, (Region *)region, &view, at);
+
+        rc = go_out(sender, &frame, at_once);
     } else if (write) {
         Py_CLEAR(write);
     }
@@ -462,7 +504,7 @@ static PyObject *prepare_write(PyObject *self, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "OO", &data, &region))
         return NULL;
-    if (!sender->open || !table_here(sender->table) || !PyObject_TypeCheck(region, region_type) ||
+    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
         !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     PyBuffer_Release(&view);
@@ -484,18 +526,26 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &at))
         return NULL;
-    for (; at < PyList_Size(list); at++) {
+    for (; at < PyList_Size(list) && is_usable(sender); at++) {
         PyObject *item = PyList_GetItem(list, at);
         Write *write = (Write *)item;
+        struct frame frame;
+        bool goes;
 
         if (Py_TYPE(item) != write_type)
             break;
         if (write->state != WRITE_NEW) /* cancelled in the meantime */
             continue;
-        if (!may_write(sender, (PyObject *)write->region) || !fits(sender, write->data, write->region, &view))
+        if (!fits(sender, write->data, write->region, &view))
             break;
-        put_write(sender, write, write->region, &view);
+        goes = may_write(sender, false);
+        if (goes) {
+            frame = make_write(sender, write, write->region, &view, inline_room(sender, NULL, false));
+            gather(sender, &frame);
+        }
         PyBuffer_Release(&view);
+        if (!goes)
+            break;
         if (sender->queued == FRAMES && sender_flush(sender))
             return NULL;
     }
@@ -515,7 +565,7 @@ static PyObject *flush(PyObject *self, PyObject *unused)
 static void drop_frames(Sender *sender)
 {
     for (unsigned int i = 0; i < sender->queued; i++)
-        Py_CLEAR(sender->frame[i].write);
+        Py_CLEAR(sender->gathered->frame[i].write);
     sender->queued = 0;
 }
 
@@ -612,7 +662,7 @@ static int sender_traverse(PyObject *self, visitproc visit, void *arg)
     for (Write *write = sender->first; write; write = write->next)
         Py_VISIT((PyObject *)write);
     for (unsigned int i = 0; i < sender->queued; i++)
-        Py_VISIT((PyObject *)sender->frame[i].write);
+        Py_VISIT((PyObject *)sender->gathered->frame[i].write);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -650,7 +700,7 @@ static void sender_dealloc(PyObject *self)
     Py_CLEAR(sender->slot_queue);
     Py_CLEAR(sender->staging);
     Py_CLEAR(sender->table);
-    PyMem_Free(sender->frames);
+    PyMem_Free(sender->gathered);
     object_free(self);
 }
 

@@ -428,7 +428,7 @@ static int sq_init(struct sq *sq, struct ibv_qp_cap *cap)
     sq->capacity = 1;
     while (sq->capacity < cap->max_send_wr)
         sq->capacity *= 2;
-    sq->wqes = calloc(sq->capacity, sizeof(*sq->wqes));
+    sq->wqes = aligned_alloc(CACHE_LINE, sq->capacity * sizeof(*sq->wqes));
     sq->sges = calloc((size_t)sq->capacity * sq->max_sge, sizeof(*sq->sges));
     cap->max_send_wr = sq->capacity;
     sq->inline_data = calloc((size_t)sq->capacity * sq->max_inline + 1, 1);

@@ -71,6 +71,7 @@ enum {
     MAX_QP = 65536,
     MAX_RD_ATOMIC = 128,
     MAX_MSG = 1u << 31, /* bytes of one message; unsigned use only */
+    CACHE_LINE = 64,
 };
 
 /* --- intrusive lists ------------------------------------------------------------------------------- */
@@ -249,25 +250,36 @@ struct send_wqe {
     unsigned int flags;    /* enum ibv_send_flags */
     bool signaled;
     bool started;          /* first_psn and last_psn are assigned */
-    uint32_t moved;        /* bytes that direct.c has moved so far; what is started goes by packets, from 0 on */
     bool done;             /* a read or atomic that is answered, a local operation that ran */
+    uint32_t moved;        /* bytes that direct.c has moved so far; what is started goes by packets, from 0 on */
     enum ibv_wc_status status;
     uint32_t length;       /* payload bytes, all pieces */
     uint32_t first_psn, last_psn;
     uint32_t imm;          /* as on the wire; or the rkey to invalidate (host order) */
     uint32_t rkey;
-    uint64_t remote_addr;
-    uint64_t compare_add, swap;
-    struct ibv_mw *mw;     /* bind */
-    struct ibv_mw_bind_info bind;
-    struct endpoint to;    /* UD */
-    struct gid_slot *slot; /* UD */
-    uint32_t remote_qpn, remote_qkey;
-    uint8_t traffic_class;
     int num_sge;           /* pieces; for inline data, 0 */
+    uint64_t remote_addr;
     struct ibv_sge *sge;   /* in the slot */
     uint8_t *inline_data;  /* in the slot; NULL unless IBV_SEND_INLINE */
+    union {
+        struct { /* atomics */
+            uint64_t compare_add, swap;
+        };
+        struct { /* IBV_WR_BIND_MW */
+            struct ibv_mw *mw;
+            struct ibv_mw_bind_info bind;
+        };
+        struct { /* UD */
+            struct endpoint to;
+            struct gid_slot *slot;
+            uint32_t remote_qpn, remote_qkey;
+            uint8_t traffic_class;
+        };
+    };
 };
+
+/* Two cache lines: of many queue pairs, one that was not used lately is in no cache. */
+_Static_assert(sizeof(struct send_wqe) == 2 * CACHE_LINE, "of a processor with pointers of 64 bits");
 
 struct sq {
     struct send_wqe *wqes;
@@ -399,6 +411,7 @@ static inline void qp_prefetch(const struct qp *qp)
 {
     __builtin_prefetch(&qp->base.state);
     __builtin_prefetch(&qp->attr.dest_qp_num);
+    __builtin_prefetch(&qp->attr.ah_attr.grh.traffic_class);
     __builtin_prefetch(&qp->resp.sge);
     for (size_t at = offsetof(struct qp, resp.epsn); at < offsetof(struct qp, req.reads); at += 64)
         __builtin_prefetch((const char *)qp + at);
