@@ -110,6 +110,17 @@ typedef struct {
     long long completions, stale, polls, empty_polls;
 } Table;
 
+#define RESUMED 8
+
+/* What runs when a task is woken that waits. Of many, one that did not run lately is in no cache; it is on its way
+ * there while its message is looked at. The addresses are for that only, and may be stale. */
+struct resumed {
+    struct {
+        const void *at;
+        size_t size;
+    } part[RESUMED]; /* see wait.c */
+};
+
 typedef struct {
     PyObject_HEAD
     Table *table;
@@ -118,18 +129,20 @@ typedef struct {
     PyObject *give_back;  /* called with an item whose receiver was cancelled; NULL: it is the next one again */
     PyObject *make_error; /* after fail(): an error for each who finds nothing */
     struct objects items, waiters;
+    struct resumed resumed; /* who waited last */
 } Inbox;
 
 typedef struct {
     PyObject_HEAD
     Table *table;
+    Inbox *inbox;
     PyObject *callback, *context; /* of the task; NULL before it waits, and when it was called */
     PyObject *value;              /* an item; an error; or the message of a cancellation, or NULL */
     int state;
     char blocking;
 } Wait;
 
-Wait *wait_new(Table *table);
+Wait *wait_new(Inbox *inbox);
 int wait_give(Wait *wait, PyObject *item); /* 1: it has it; 0: it waits no more; -1 and an exception */
 int wait_fail(Wait *wait, PyObject *error); /* the wait is over; -1 and an exception */
 PyObject *wait_item(const Wait *wait);     /* what it has got, borrowed, or NULL */
@@ -137,6 +150,8 @@ bool wait_has_task(const Wait *wait);      /* a task is to be woken */
 PySendResult wait_send(PyObject *wait, PyObject *unused, PyObject **value);
 PyObject *sent_as_iterator(PySendResult sent, PyObject *value); /* steals the value; what tp_iternext returns */
 void table_wake(Table *table);             /* calls those in line; only from a callback of the loop */
+
+void resumed_prefetch(const struct resumed *resumed);
 
 /* 1: a waiter has the item now, and runs later; 0: it lies in the inbox; -1 and an exception. */
 int inbox_put(Inbox *inbox, PyObject *item, bool front);
@@ -344,7 +359,7 @@ extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
-    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_send_later, *name_write_later;
+    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_send_later, *name_write_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
     governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec, endpoint_spec;

@@ -81,7 +81,7 @@ static PySendResult look(Next *next, PyObject **value)
 
 static PySendResult line_up(Next *next, PyObject **value)
 {
-    next->wait = wait_new(next->inbox->table);
+    next->wait = wait_new(next->inbox);
     if (!next->wait || objects_append(&next->inbox->waiters, (PyObject *)next->wait))
         return PYGEN_ERROR;
     next->state = NEXT_IN_LINE;

@@ -378,8 +378,11 @@ static int refuse(Receiver *receiver)
 
 static int hand_over(Receiver *receiver, Buffer *buffer, bool front)
 {
-    int given = inbox_put(receiver->messages, (PyObject *)buffer, front);
+    int given;
 
+    if (receiver->messages->waiters.count)
+        resumed_prefetch(&receiver->messages->resumed);
+    given = inbox_put(receiver->messages, (PyObject *)buffer, front);
     if (given > 0) {
         buffer->handed = 1;
         receiver->handed++;

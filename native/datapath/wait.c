@@ -6,6 +6,8 @@
  * that calls them, for tasks cannot run inside another; what an await finds while they are called joins the line. */
 #include "datapath.h"
 
+#include <string.h>
+
 enum wait_state { WAIT_WAITS, WAIT_DONE, WAIT_FAILED, WAIT_CANCELLED };
 
 #define TURN_WAKES 64 /* called in one callback of the loop */
@@ -68,13 +70,69 @@ void table_wake(Table *table)
 
 /* --- the inbox --------------------------------------------------------------------------------------- */
 
-Wait *wait_new(Table *table)
+Wait *wait_new(Inbox *inbox)
 {
     Wait *wait = (Wait *)PyType_GenericAlloc(wait_type, 0);
 
-    if (wait)
-        wait->table = (Table *)Py_NewRef((PyObject *)table);
+    if (wait) {
+        wait->table = (Table *)Py_NewRef((PyObject *)inbox->table);
+        wait->inbox = (Inbox *)Py_NewRef((PyObject *)inbox);
+    }
     return wait;
+}
+
+/* --- what is resumed --------------------------------------------------------------------------------- */
+
+enum part { PART_NEXT, PART_WAIT, PART_CALLBACK, PART_CONTEXT, PART_TASK, PART_COROUTINES };
+
+void resumed_prefetch(const struct resumed *resumed)
+{
+    for (int i = 0; i < RESUMED; i++)
+        prefetch(resumed->part[i].at, resumed->part[i].size);
+}
+
+static void set_part(struct resumed *resumed, int i, PyObject *object)
+{
+    PyObject *size = PyObject_CallMethod(object, "__sizeof__", NULL);
+
+    resumed->part[i].at = object;
+    resumed->part[i].size = size ? PyLong_AsSize_t(size) : 0;
+    Py_XDECREF(size);
+}
+
+/* Another task than before: it and its coroutines, from the outermost on. What is not made like those of asyncio has
+ * fewer of them, or none. */
+static void learn_task(struct resumed *resumed, PyObject *task, PyObject *context)
+{
+    PyObject *coroutine = PyObject_CallMethod(task, "get_coro", NULL), *inner;
+
+    memset(resumed, 0, sizeof(*resumed));
+    set_part(resumed, PART_CONTEXT, context);
+    set_part(resumed, PART_TASK, task);
+    for (int i = PART_COROUTINES; i < RESUMED && coroutine && coroutine != Py_None; i++) {
+        set_part(resumed, i, coroutine);
+        inner = PyObject_GetAttrString(coroutine, "cr_await");
+        Py_DECREF(coroutine);
+        coroutine = inner;
+    }
+    Py_XDECREF(coroutine);
+    PyErr_Clear();
+}
+
+static void learn(Wait *wait)
+{
+    struct resumed *resumed = &wait->inbox->resumed;
+    PyObject *task = PyObject_GetAttr(wait->callback, name_self);
+
+    if (!task)
+        PyErr_Clear();
+    else if (task != resumed->part[PART_TASK].at)
+        learn_task(resumed, task, wait->context);
+    Py_XDECREF(task);
+    resumed->part[PART_WAIT].at = wait;
+    resumed->part[PART_WAIT].size = sizeof(*wait);
+    resumed->part[PART_CALLBACK].at = wait->callback;
+    resumed->part[PART_CALLBACK].size = 1;
 }
 
 int wait_give(Wait *wait, PyObject *item)
@@ -174,6 +232,7 @@ static PyObject *add_done_callback(PyObject *self, PyObject *args, PyObject *kwa
     }
     wait->callback = Py_NewRef(callback);
     wait->context = Py_NewRef(context);
+    learn(wait);
     if (wait->state != WAIT_WAITS && line_up(wait))
         return NULL;
     Py_RETURN_NONE;
@@ -207,6 +266,7 @@ static int wait_traverse(PyObject *self, visitproc visit, void *arg)
     Wait *wait = (Wait *)self;
 
     Py_VISIT((PyObject *)wait->table);
+    Py_VISIT((PyObject *)wait->inbox);
     Py_VISIT(wait->callback);
     Py_VISIT(wait->context);
     Py_VISIT(wait->value);
@@ -231,6 +291,7 @@ static void wait_dealloc(PyObject *self)
     PyObject_GC_UnTrack(self);
     wait_clear(self);
     Py_CLEAR(((Wait *)self)->table);
+    Py_CLEAR(((Wait *)self)->inbox);
     object_free(self);
 }
 
