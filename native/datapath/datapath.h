@@ -110,7 +110,15 @@ typedef struct {
     long long completions, stale, polls, empty_polls;
 } Table;
 
-#define RESUMED 8
+enum part {
+    RESUMED_NEXT,
+    RESUMED_WAIT,
+    RESUMED_CALLBACK,
+    RESUMED_CONTEXT,
+    RESUMED_TASK,
+    RESUMED_COROUTINES, /* from the outermost on */
+    RESUMED = RESUMED_COROUTINES + 3,
+};
 
 /* What runs when a task is woken that waits. Of many, one that did not run lately is in no cache; it is on its way
  * there while its message is looked at. The addresses are for that only, and may be stale. */
@@ -118,7 +126,7 @@ struct resumed {
     struct {
         const void *at;
         size_t size;
-    } part[RESUMED]; /* see wait.c */
+    } part[RESUMED];
 };
 
 typedef struct {
@@ -152,6 +160,11 @@ PyObject *sent_as_iterator(PySendResult sent, PyObject *value); /* steals the va
 void table_wake(Table *table);             /* calls those in line; only from a callback of the loop */
 
 void resumed_prefetch(const struct resumed *resumed);
+static inline void resumed_set(struct resumed *resumed, enum part part, const void *at, size_t size)
+{
+    resumed->part[part].at = at;
+    resumed->part[part].size = size;
+}
 
 /* 1: a waiter has the item now, and runs later; 0: it lies in the inbox; -1 and an exception. */
 int inbox_put(Inbox *inbox, PyObject *item, bool front);

@@ -11,7 +11,10 @@ typedef struct {
 static PyObject *endpoint_send(PyObject *self, PyObject *data)
 {
     Sender *sender = ((Endpoint *)self)->sends;
-    int goes = sender ? sender_send(sender, data) : 0;
+    int goes;
+
+    prefetch(((Endpoint *)self)->receives, sizeof(Receiver)); /* an answer may be awaited next */
+    goes = sender ? sender_send(sender, data) : 0;
 
     if (goes > 0)
         return Py_NewRef(sender->table->done);
@@ -54,8 +57,10 @@ static PyObject *next_message(PyObject *self, bool iterates)
 {
     Receiver *receiver = ((Endpoint *)self)->receives;
 
-    if (receiver)
+    if (receiver) {
+        prefetch(receiver->messages, offsetof(Inbox, resumed));
         return next_new(receiver->messages, receiver, iterates);
+    }
     PyErr_SetString(misuse_error, "nothing can be received before the connection is made");
     return NULL;
 }

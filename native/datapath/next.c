@@ -84,6 +84,7 @@ static PySendResult line_up(Next *next, PyObject **value)
     next->wait = wait_new(next->inbox);
     if (!next->wait || objects_append(&next->inbox->waiters, (PyObject *)next->wait))
         return PYGEN_ERROR;
+    resumed_set(&next->inbox->resumed, RESUMED_NEXT, next, sizeof(*next));
     next->state = NEXT_IN_LINE;
     return look(next, value);
 }

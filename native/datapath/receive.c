@@ -503,6 +503,7 @@ int buffer_completed(Buffer *buffer, const struct glue_wc *wc)
     receiver = ring_user(ring, wc->qp_num);
     if (!receiver) /* of a queue pair that is gone: the receive is for the others */
         return ring->closed ? 0 : ring_post(ring, buffer);
+    prefetch(receiver, sizeof(*receiver));
     Py_INCREF((PyObject *)receiver);
     prefetch(receiver->ledger, sizeof(*receiver->ledger));
     prefetch(receiver->messages, sizeof(*receiver->messages));

@@ -6,8 +6,6 @@
  * that calls them, for tasks cannot run inside another; what an await finds while they are called joins the line. */
 #include "datapath.h"
 
-#include <string.h>
-
 enum wait_state { WAIT_WAITS, WAIT_DONE, WAIT_FAILED, WAIT_CANCELLED };
 
 #define TURN_WAKES 64 /* called in one callback of the loop */
@@ -83,56 +81,60 @@ Wait *wait_new(Inbox *inbox)
 
 /* --- what is resumed --------------------------------------------------------------------------------- */
 
-enum part { PART_NEXT, PART_WAIT, PART_CALLBACK, PART_CONTEXT, PART_TASK, PART_COROUTINES };
-
 void resumed_prefetch(const struct resumed *resumed)
 {
     for (int i = 0; i < RESUMED; i++)
         prefetch(resumed->part[i].at, resumed->part[i].size);
 }
 
-static void set_part(struct resumed *resumed, int i, PyObject *object)
+#define MOST 512 /* bytes of an object */
+
+static void set_object(struct resumed *resumed, enum part part, PyObject *object)
 {
     PyObject *size = PyObject_CallMethod(object, "__sizeof__", NULL);
+    size_t bytes = size ? PyLong_AsSize_t(size) : 0;
 
-    resumed->part[i].at = object;
-    resumed->part[i].size = size ? PyLong_AsSize_t(size) : 0;
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        bytes = 0;
+    }
+    resumed_set(resumed, part, object, bytes < MOST ? bytes : MOST);
     Py_XDECREF(size);
 }
 
-/* Another task than before: it and its coroutines, from the outermost on. What is not made like those of asyncio has
- * fewer of them, or none. */
+/* Another task than before. What is not made like those of asyncio has fewer parts. */
 static void learn_task(struct resumed *resumed, PyObject *task, PyObject *context)
 {
     PyObject *coroutine = PyObject_CallMethod(task, "get_coro", NULL), *inner;
 
-    memset(resumed, 0, sizeof(*resumed));
-    set_part(resumed, PART_CONTEXT, context);
-    set_part(resumed, PART_TASK, task);
-    for (int i = PART_COROUTINES; i < RESUMED && coroutine && coroutine != Py_None; i++) {
-        set_part(resumed, i, coroutine);
+    PyErr_Clear();
+    for (enum part part = RESUMED_COROUTINES; part < RESUMED; part++)
+        resumed_set(resumed, part, NULL, 0);
+    set_object(resumed, RESUMED_CONTEXT, context);
+    set_object(resumed, RESUMED_TASK, task);
+    for (enum part part = RESUMED_COROUTINES; part < RESUMED && coroutine && coroutine != Py_None; part++) {
+        set_object(resumed, part, coroutine);
         inner = PyObject_GetAttrString(coroutine, "cr_await");
+        PyErr_Clear();
         Py_DECREF(coroutine);
         coroutine = inner;
     }
     Py_XDECREF(coroutine);
-    PyErr_Clear();
 }
 
-static void learn(Wait *wait)
+/* The callback of a task is a method of it. */
+static void learn(const Wait *wait, PyObject *callback, PyObject *context)
 {
     struct resumed *resumed = &wait->inbox->resumed;
-    PyObject *task = PyObject_GetAttr(wait->callback, name_self);
+    PyObject *task = PyObject_GetAttr(callback, name_self);
 
     if (!task)
         PyErr_Clear();
-    else if (task != resumed->part[PART_TASK].at)
-        learn_task(resumed, task, wait->context);
+    else if (task != resumed->part[RESUMED_TASK].at)
+        learn_task(resumed, task, context);
     Py_XDECREF(task);
-    resumed->part[PART_WAIT].at = wait;
-    resumed->part[PART_WAIT].size = sizeof(*wait);
-    resumed->part[PART_CALLBACK].at = wait->callback;
-    resumed->part[PART_CALLBACK].size = 1;
+    resumed_set(resumed, RESUMED_WAIT, wait, sizeof(*wait));
+    resumed_set(resumed, RESUMED_CALLBACK, callback, sizeof(PyObject));
 }
 
 int wait_give(Wait *wait, PyObject *item)
@@ -226,13 +228,13 @@ static PyObject *add_done_callback(PyObject *self, PyObject *args, PyObject *kwa
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$O", names, &callback, &context))
         return NULL;
+    learn(wait, callback, context); /* which may run code of others */
     if (wait->callback) {
         PyErr_SetString(invalid_state_error, "another task waits already");
         return NULL;
     }
     wait->callback = Py_NewRef(callback);
     wait->context = Py_NewRef(context);
-    learn(wait);
     if (wait->state != WAIT_WAITS && line_up(wait))
         return NULL;
     Py_RETURN_NONE;

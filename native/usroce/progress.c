@@ -325,6 +325,7 @@ void progress_posted(struct context *ctx, struct qp *qp)
     send_acks(ctx);
     tx_flush(ctx);
     progress_leave_rest(ctx);
+    rq_prefetch(&qp->rq); /* the peer may answer */
 }
 
 /* --- the pass --------------------------------------------------------------------------------------------------- */

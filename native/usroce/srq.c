@@ -73,6 +73,12 @@ struct recv_wqe *rq_pop(struct rq *rq)
     return rq_count(rq) ? slot(rq, rq->tail++) : NULL;
 }
 
+void rq_prefetch(const struct rq *rq)
+{
+    if (rq_count(rq))
+        __builtin_prefetch(slot(rq, rq->tail));
+}
+
 /* Moves the receives into a ring of another size. 0, or ENOMEM or EINVAL (they do not fit) with nothing changed.
  * */
 static int rq_resize(struct rq *rq, uint32_t max_wr)

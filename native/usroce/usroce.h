@@ -634,6 +634,8 @@ void rq_free(struct rq *rq);
 int rq_post(struct rq *rq, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad);
 /* The oldest receive, or NULL; valid until the next call on the queue. */
 struct recv_wqe *rq_pop(struct rq *rq);
+/* It is going to be taken. */
+void rq_prefetch(const struct rq *rq);
 static inline uint32_t rq_count(const struct rq *rq)
 {
     return rq->head - rq->tail;

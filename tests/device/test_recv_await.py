@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -158,6 +160,61 @@ async def test_what_it_has_got_goes_back(pair: MakePair, end: str) -> None:
             receive.throw(KeyError("why"))
     del receive
     assert [await both.server.recv(), await both.server.recv()] == [b"first", b"second"]
+
+
+class Waker:
+    """Its method is a callback, as a task's is; nothing else about it is right."""
+
+    def __init__(self) -> None:
+        self.woken = asyncio.Event()
+
+    def wake(self, _: object) -> None:
+        self.woken.set()
+
+    def get_coro(self) -> Waker:
+        return self
+
+    @property
+    def cr_await(self) -> Waker:  # without an end
+        return self
+
+    def __sizeof__(self) -> int:
+        return 1 << 80
+
+
+class Raiser(Waker):
+    def get_coro(self) -> Waker:
+        raise LookupError("no coroutine")
+
+    def __sizeof__(self) -> int:
+        raise LookupError("no size")
+
+
+class HalfRaiser(Waker):
+    @property
+    def cr_await(self) -> Waker:
+        raise LookupError("no await")
+
+    def __sizeof__(self) -> int:
+        return 1 << 40
+
+
+@pytest.mark.parametrize("kind", [Waker, Raiser, HalfRaiser, None])
+async def test_whoever_waits_with_a_callback_is_called(pair: MakePair, kind: type[Waker] | None) -> None:
+    """What asyncio's tasks are made of helps to wake them fast, and no more."""
+    both = await pair()
+    for message in (b"first", b"second"):
+        waker = (kind or Waker)()
+        receive = both.server.recv()
+        wait: Any = receive.send(None)
+        callback = waker.wake if kind else lambda wait, waker=waker: waker.wake(wait)
+        wait.add_done_callback(callback, context=contextvars.copy_context())
+        await both.client.send(message)
+        await asyncio.wait_for(waker.woken.wait(), 10)
+        with pytest.raises(StopIteration) as taken:
+            receive.send(None)
+        assert taken.value.value == message
+    await _still_receives(both)
 
 
 @pytest.mark.parametrize(
