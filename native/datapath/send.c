@@ -529,8 +529,7 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
     for (; at < PyList_Size(list) && is_usable(sender); at++) {
         PyObject *item = PyList_GetItem(list, at);
         Write *write = (Write *)item;
-        struct frame frame;
-        bool goes;
+        bool fits_in;
 
         if (Py_TYPE(item) != write_type)
             break;
@@ -538,13 +537,15 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
             continue;
         if (!fits(sender, write->data, write->region, &view))
             break;
-        goes = may_write(sender, false);
-        if (goes) {
-            frame = make_write(sender, write, write->region, &view, inline_room(sender, NULL, false));
+        fits_in = may_write(sender, false);
+        if (fits_in) {
+            unsigned char *at = inline_room(sender, NULL, false);
+            struct frame frame = make_write(sender, write, write->region, &view, at);
+
             gather(sender, &frame);
         }
         PyBuffer_Release(&view);
-        if (!goes)
+        if (!fits_in)
             break;
         if (sender->queued == FRAMES && sender_flush(sender))
             return NULL;
