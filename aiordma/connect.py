@@ -93,6 +93,7 @@ class _Channel(asyncio.Protocol):
         self.local: Address | None = None
         self.remote: Address | None = None
         self.said_goodbye = False
+        self._gone: asyncio.Future[None] = self.loop.create_future()
         self._info: Callable[[str], Any] = lambda name: None
 
     # --- asyncio.Protocol ----------------------------------------------------------------------------
@@ -117,6 +118,7 @@ class _Channel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
+        self._gone.set_result(None)
         if self.connection is not None and self.session is not None:
             self.connection.session_lost(exc)
         else:
@@ -214,6 +216,12 @@ class _Channel(asyncio.Protocol):
             message = Close.make(code="error", message=printable(str(error), 512))
         self.write(encode(message))
         self.drop()
+
+    async def wait_gone(self, timeout: float) -> None:
+        """transport.Session: waits until the TCP connection is closed, if need be without the peer."""
+        await asyncio.wait([self._gone], timeout=timeout)
+        self.abort()
+        await asyncio.wait([self._gone])
 
     def get_extra_info(self, name: str) -> Any:
         """transport.Session: what asyncio knows of the TCP connection, also after its end."""

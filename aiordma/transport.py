@@ -98,6 +98,9 @@ class Session(Announcer, Withdrawer, Protocol):
     def send_close(self, error: RdmaError | None) -> None:
         """Says goodbye, and why; then closes."""
 
+    async def wait_gone(self, timeout: float) -> None:
+        """Waits until it is closed; after so many seconds, closes it without the peer."""
+
     def get_extra_info(self, name: str) -> Any:
         """``peername``, ``sockname``, ``socket`` and so on, as asyncio's transports have it."""
 
@@ -239,6 +242,7 @@ class Connection(Endpoint):
             self._receives.post_all()
         except BaseException:
             self._destroy()
+            self._closed.set_result(None)
             raise
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
@@ -1008,6 +1012,7 @@ class Connection(Endpoint):
         """The bootstrap failed after prepare(): gives everything back at once."""
         if self._state == "preparing":
             self._destroy()
+            self._closed.set_result(None)
 
     async def _teardown(self) -> None:
         try:
@@ -1016,6 +1021,11 @@ class Connection(Endpoint):
             await self._drain()
         finally:
             self._destroy()
+            try:
+                if self._session is not None:  # TLS waits for the peer to say goodbye as well
+                    await self._session.wait_gone(self._config.close_timeout)
+            finally:
+                self._closed.set_result(None)
 
     async def _linger(self) -> None:
         """Closed in order on this side: the peer is told when it has all that was sent, or cannot get it."""
@@ -1083,8 +1093,6 @@ class Connection(Endpoint):
                     {"message": f"closing the connection to {self._peer}", "exception": error}
                 )
         self._state = "closed"
-        if not self._closed.done():
-            self._closed.set_result(None)
 
     # --- what it is ----------------------------------------------------------------------------------
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +15,14 @@ import pytest
 import aiordma
 from aiordma import Config, Connection
 from aiordma._native import ffi
+from aiordma.cli.loops import LoopName, run
 from aiordma.cq_reactor import CqReactor
 from aiordma.errors import ConnectionLostError, DeviceError, MemoryLimitError, RdmaError
 from aiordma.regions import RemoteRegion
 from aiordma.verbs import QpState, QueuePair
 from tests.device.conftest import MakePair
 from tests.device.test_access import forge
+from tests.device.test_bootstrap_hostile import certificate
 
 pytestmark = pytest.mark.device
 
@@ -32,6 +38,42 @@ async def test_operations_flushed_behind_a_failed_one_all_end(pair: MakePair) ->
         operations = [both.client.write(b"x", bad)] + [both.client.write(b"y", remote) for _ in range(30)]
         results = await asyncio.gather(*operations, return_exceptions=True)
     assert all(isinstance(result, ConnectionLostError) for result in results)
+
+
+@pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])
+async def test_a_loop_that_ends_leaves_no_tls_behind(tmp_path: Path, loop_name: LoopName) -> None:
+    """wait_closed() did not wait for the TCP connection, which in TLS waits for the peer: the loop ended before it."""
+    server_tls, client_tls = certificate(tmp_path)
+    config = Config(close_timeout=0.2)  # the peer says goodbye too late
+
+    async def handler(connection: Connection) -> None:
+        async for message in connection:
+            await connection.send(message)
+
+    async def client(port: int, echoed: Callable[[], object], may_end: threading.Event) -> None:
+        async with aiordma.connect("127.0.0.1", port, config=config, ssl=client_tls) as connection:
+            await connection.send(b"message")
+            assert await connection.recv() == b"message"
+            echoed()
+            may_end.wait()
+
+    async with aiordma.serve(handler, "127.0.0.1", 0, ssl=server_tls) as server:
+        loop, echoed, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        failures: list[BaseException] = []
+
+        def in_a_thread() -> None:
+            tell = functools.partial(loop.call_soon_threadsafe, echoed.set)
+            try:
+                run(client(server.port, tell, may_end), loop_name)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        await echoed.wait()
+        may_end.set()
+        thread.join()  # the server's loop stands still
+    assert not failures
 
 
 async def test_a_lease_outlives_the_device(pair: MakePair) -> None:
