@@ -42,7 +42,7 @@ async def test_operations_flushed_behind_a_failed_one_all_end(pair: MakePair) ->
 
 @pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])
 async def test_a_loop_that_ends_leaves_no_tls_behind(tmp_path: Path, loop_name: LoopName) -> None:
-    """wait_closed() did not wait for the TCP connection, which in TLS waits for the peer: the loop ended before it."""
+    """wait_closed() did not wait for the TCP connection, which in TLS waits for the peer: the loop ended first."""
     server_tls, client_tls = certificate(tmp_path)
     config = Config(close_timeout=0.2)  # the peer says goodbye too late
 
