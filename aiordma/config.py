@@ -181,7 +181,7 @@ class Config:
         2.0, 0.0, 3600, "s", doc="a silent peer host counts as dead after about 3 times this (0: never)"
     )
     close_timeout: float = _knob(
-        2.0, 0.0, 600, "s", doc="how long close() waits for what is in flight, then for the peer's goodbye (TLS)"
+        2.0, 0.0, 600, "s", doc="how long close() waits for what is in flight, then for TLS to end"
     )
 
     def __post_init__(self) -> None:
