@@ -241,8 +241,7 @@ class Connection(Endpoint):
             self._qp.to_init(self.route.choice.port.port)
             self._receives.post_all()
         except BaseException:
-            self._destroy()
-            self._closed.set_result(None)
+            self.abort()
             raise
 
     def _attach(self, undo: contextlib.ExitStack) -> None:

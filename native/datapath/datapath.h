@@ -372,7 +372,8 @@ extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
-    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_send_later, *name_write_later;
+    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
+    *name_send_later, *name_write_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
     governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec, endpoint_spec;

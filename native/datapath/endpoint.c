@@ -15,7 +15,6 @@ static PyObject *endpoint_send(PyObject *self, PyObject *data)
 
     prefetch(((Endpoint *)self)->receives, sizeof(Receiver)); /* an answer may be awaited next */
     goes = sender ? sender_send(sender, data) : 0;
-
     if (goes > 0)
         return Py_NewRef(sender->table->done);
     return goes < 0 ? NULL : PyObject_CallMethodObjArgs(self, name_send_later, data, NULL);

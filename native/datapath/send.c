@@ -315,8 +315,7 @@ static bool may_send(Sender *sender)
     const Ledger *ledger = sender->ledger;
 
     return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
-           sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender) &&
-           table_here(sender->table);
+           sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender);
 }
 
 /* Where a staging buffer is. -1 and an exception. */

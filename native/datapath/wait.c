@@ -79,6 +79,34 @@ Wait *wait_new(Inbox *inbox)
     return wait;
 }
 
+int wait_give(Wait *wait, PyObject *item)
+{
+    if (wait->state != WAIT_WAITS)
+        return 0;
+    wait->state = WAIT_DONE;
+    wait->value = Py_NewRef(item);
+    return line_up(wait) ? -1 : 1;
+}
+
+int wait_fail(Wait *wait, PyObject *error)
+{
+    if (wait->state != WAIT_WAITS)
+        return 0;
+    wait->state = WAIT_FAILED;
+    wait->value = Py_NewRef(error);
+    return line_up(wait);
+}
+
+PyObject *wait_item(const Wait *wait)
+{
+    return wait->state == WAIT_DONE ? wait->value : NULL;
+}
+
+bool wait_has_task(const Wait *wait)
+{
+    return wait->callback != NULL;
+}
+
 /* --- what is resumed --------------------------------------------------------------------------------- */
 
 void resumed_prefetch(const struct resumed *resumed)
@@ -135,34 +163,6 @@ static void learn(const Wait *wait, PyObject *callback, PyObject *context)
     Py_XDECREF(task);
     resumed_set(resumed, RESUMED_WAIT, wait, sizeof(*wait));
     resumed_set(resumed, RESUMED_CALLBACK, callback, sizeof(PyObject));
-}
-
-int wait_give(Wait *wait, PyObject *item)
-{
-    if (wait->state != WAIT_WAITS)
-        return 0;
-    wait->state = WAIT_DONE;
-    wait->value = Py_NewRef(item);
-    return line_up(wait) ? -1 : 1;
-}
-
-int wait_fail(Wait *wait, PyObject *error)
-{
-    if (wait->state != WAIT_WAITS)
-        return 0;
-    wait->state = WAIT_FAILED;
-    wait->value = Py_NewRef(error);
-    return line_up(wait);
-}
-
-PyObject *wait_item(const Wait *wait)
-{
-    return wait->state == WAIT_DONE ? wait->value : NULL;
-}
-
-bool wait_has_task(const Wait *wait)
-{
-    return wait->callback != NULL;
 }
 
 /* --- the task ---------------------------------------------------------------------------------------- */

@@ -413,7 +413,7 @@ static inline void qp_prefetch(const struct qp *qp)
     __builtin_prefetch(&qp->attr.dest_qp_num);
     __builtin_prefetch(&qp->attr.ah_attr.grh.traffic_class);
     __builtin_prefetch(&qp->resp.sge);
-    for (size_t at = offsetof(struct qp, resp.epsn); at < offsetof(struct qp, req.reads); at += 64)
+    for (size_t at = offsetof(struct qp, resp.epsn); at < offsetof(struct qp, req.reads); at += CACHE_LINE)
         __builtin_prefetch((const char *)qp + at);
 }
 
