@@ -11,6 +11,7 @@ use it:
   are taken back from a peer that has not got through its window for BUSY_WITHIN seconds, the longest idle first,
   down to its minimum. When nobody is idle, a peer that has twice as much as the one that asks gives up half of
   the difference.
+- When nobody can give anything, that is taken to be so for LOOK_EVERY seconds.
 - Who asks waits its turn; nobody waits to send because of it, for a share is never below the minimum.
 
 Never more granted than posted. ``reserved``, the sum of all shares, never exceeds ``count``. Of a window,
@@ -25,6 +26,7 @@ No clock and no queue here: ``now`` (seconds, monotonic) comes in, what is to be
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from ..errors import MisuseError
@@ -32,6 +34,9 @@ from .credit import CreditLedger
 
 #: Seconds. Who uses up a window in less is busy, who does not for as long is idle.
 BUSY_WITHIN = 0.25
+#: Seconds. When nobody could give anything, so long nobody is asked again: a thousand that are all busy would each
+#: look for more with every window.
+LOOK_EVERY = 0.001
 #: How many shares are looked at to find a very large one, or a very small one.
 _LOOK_AT = 8
 
@@ -108,10 +113,12 @@ class SharedCredits:
         self.count = 0
         self.reserved = 0
         self.recalls = 0  # asked for, since the start
+        self.vain = 0  # looks for somebody who could give, since the start, that found nobody
         self._minima = 0
         self._shares: set[Share] = set()
         self._wanting: dict[Share, int] = {}  # in turn: how many more each would like
         self._grown: dict[Share, None] = {}  # above the minimum and without a recall, by marked_at
+        self._look_at = -math.inf  # not before
 
     def __len__(self) -> int:
         return len(self._shares)
@@ -217,7 +224,7 @@ class SharedCredits:
             want = self._wanting.pop(share)
             self._grow(share, min(want, self.spare, share.maximum - share.window))
             actions.append(Grown(share))
-        if self._wanting:
+        if self._wanting and now >= self._look_at:
             asker = self._neediest()
             want = self._wanting[asker]
             room = self._minima + self.limit - self.count
@@ -242,6 +249,8 @@ class SharedCredits:
         victim, count = self._victim(asker, want, now)
         if victim is None:
             self._wanting[asker] = self._wanting.pop(asker)  # others are looked at next time
+            self._look_at = now + LOOK_EVERY
+            self.vain += 1
             return []
         assert victim.ledger is not None
         del self._grown[victim]
@@ -274,4 +283,4 @@ class SharedCredits:
         return largest, min(want, (largest.window - asker.window) // 2, largest.window - largest.minimum)
 
 
-__all__ = ["BUSY_WITHIN", "Action", "Enlarge", "Grown", "Recall", "Share", "SharedCredits"]
+__all__ = ["BUSY_WITHIN", "LOOK_EVERY", "Action", "Enlarge", "Grown", "Recall", "Share", "SharedCredits"]

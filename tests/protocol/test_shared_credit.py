@@ -13,6 +13,7 @@ from aiordma.errors import MisuseError
 from aiordma.protocol.credit import CONTROL_WINDOW, CreditLedger
 from aiordma.protocol.shared_credit import (
     BUSY_WITHIN,
+    LOOK_EVERY,
     Action,
     Enlarge,
     Grown,
@@ -335,6 +336,37 @@ def test_busy_peers_come_to_about_the_same() -> None:
     windows = sorted(peer.share.window for peer in peers)
     assert windows[0] * 2 >= windows[-1] // 2, windows
     assert pool.books.reserved <= pool.books.count
+
+
+def test_where_nobody_can_give_they_are_not_asked_for_every_message() -> None:
+    pool = Pool(limit=8, chunk=8, memory=1000)
+    peers = [connected(pool) for _ in range(40)]
+    rounds = 20
+    for _ in range(rounds):
+        for peer in peers:
+            pool.now += LOOK_EVERY / 100
+            peer.client.send("data")
+            while peer.settle():
+                pass
+    assert pool.books.waiting > 20
+    assert 0 < pool.books.vain <= len(peers) * rounds // 100
+
+
+def test_after_a_look_in_vain_an_idle_peer_is_found() -> None:
+    pool = Pool(limit=MAXIMUM - 4, chunk=8, memory=1000)
+    idle, busy = connected(pool), connected(pool)
+    flood(pool, idle)
+    flood(pool, busy)
+    assert pool.books.vain > 0
+    assert busy.share.window < MAXIMUM
+    pool.now += BUSY_WITHIN
+    while idle.settle():
+        pass
+    flood(pool, busy)
+    while idle.settle():
+        pass
+    flood(pool, busy)
+    assert busy.share.window == MAXIMUM
 
 
 def test_without_memory_credits_are_taken_back_instead() -> None:
