@@ -102,6 +102,7 @@ class OwnRing(Ring):
 
     def __init__(self, reactor: CqReactor, qp: QueuePair, lease: Lease, count: int, size: int) -> None:
         super().__init__(reactor, size, qp=qp.pointer)
+        qp.newest_first()
         self._qp_num = qp.qp_num
         self._lease = lease
         for at in range(0, count * size, size):

@@ -82,6 +82,7 @@ class SharedReceives:
         self._chunk = max(1, _CHUNK // self._stride)  # buffers that are added at a time
         self.srq = SharedReceiveQueue(pd, capacity)
         try:
+            self.srq.newest_first()
             self.cq = reactor.reserve(capacity)  # whatever is posted can complete
         except BaseException:
             self.srq.close()

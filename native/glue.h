@@ -63,6 +63,7 @@ struct glue_provider {
     int (*usroce_free)(void *memory);
     int (*usroce_unshare)(void *memory);
     int (*usroce_watch_channel)(struct ibv_comp_channel *channel, int *fd);
+    int (*usroce_newest_first)(struct ibv_qp *qp, struct ibv_srq *srq);
 };
 
 /* One work request, flat. Multi-byte fields are in host order; immediate data is converted on the way. */
@@ -140,6 +141,7 @@ int glue_create_srq(struct glue_provider *p, struct ibv_pd *pd, uint32_t max_wr,
                     struct ibv_srq **srq, uint32_t *granted_wr);
 int glue_arm_srq(struct glue_provider *p, struct ibv_srq *srq, uint32_t limit);
 int glue_destroy_srq(struct glue_provider *p, struct ibv_srq *srq);
+int glue_newest_first(struct glue_provider *p, struct ibv_qp *qp, struct ibv_srq *srq);
 int glue_create_qp(struct glue_provider *p, struct ibv_pd *pd, struct ibv_qp_init_attr *attr,
                    struct ibv_qp **qp);
 int glue_modify_qp(struct glue_provider *p, struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask);

@@ -55,6 +55,7 @@ static const struct symbol symbols[] = {
     OPTIONAL(usroce_free, "usroce_free"),
     OPTIONAL(usroce_unshare, "usroce_unshare"),
     OPTIONAL(usroce_watch_channel, "usroce_watch_channel"),
+    OPTIONAL(usroce_newest_first, "usroce_newest_first"),
 };
 
 /* Opens the library at `path`. Returns 0, ENOENT when it cannot be opened, or ENOSYS when it lacks a symbol;

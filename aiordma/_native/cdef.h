@@ -300,6 +300,7 @@ int glue_create_srq(struct glue_provider *p, struct ibv_pd *pd, uint32_t max_wr,
                     struct ibv_srq **srq, uint32_t *granted_wr);
 int glue_arm_srq(struct glue_provider *p, struct ibv_srq *srq, uint32_t limit);
 int glue_destroy_srq(struct glue_provider *p, struct ibv_srq *srq);
+int glue_newest_first(struct glue_provider *p, struct ibv_qp *qp, struct ibv_srq *srq);
 int glue_create_qp(struct glue_provider *p, struct ibv_pd *pd, struct ibv_qp_init_attr *attr,
                    struct ibv_qp **qp);
 int glue_modify_qp(struct glue_provider *p, struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask);

@@ -171,22 +171,19 @@ class SharedCredits:
 
     def used(self, share: Share, now: float) -> list[Action]:
         """The user has taken as many messages of the peer as the ledger's ``mark`` says."""
-        assert share.ledger is not None
+        ledger = share.ledger
+        assert ledger is not None
+        window = ledger.window
         busy = now - share.marked_at < BUSY_WITHIN
-        self._mark(share, now)
-        more = min(share.window, share.maximum - share.window)
-        if not busy or more <= 0:
-            return []
-        self._wanting.setdefault(share, more)
-        return self._serve(now)
-
-    def _mark(self, share: Share, now: float) -> None:
-        assert share.ledger is not None
-        share.ledger.mark = share.ledger.data_released + share.window
+        ledger.mark = ledger.data_released + window
         share.marked_at = now
         if share in self._grown:
             del self._grown[share]
             self._grown[share] = None
+        if not busy or window >= share.maximum:
+            return []
+        self._wanting.setdefault(share, min(window, share.maximum - window))
+        return self._serve(now)
 
     def returned(self, share: Share, count: int, now: float) -> list[Action]:
         """The peer gave ``count`` credits back; its ledger knows already."""

@@ -88,6 +88,10 @@ class SharedReceiveQueue(Owner):
         """One SRQ_LIMIT_REACHED event when fewer than ``limit`` receives are left (ibv_modify_srq(3))."""
         check(lib.glue_arm_srq(self.pd.context.provider.table, self._handle, limit), "ibv_modify_srq")
 
+    def newest_first(self) -> None:
+        """As :meth:`QueuePair.newest_first`."""
+        _newest_first(self.pd.context, ffi.NULL, self._handle)
+
     def post_recv(self, requests: Iterable[tuple[int, int, int, int]]) -> None:
         """Posts receives given as ``(wr_id, address, length, lkey)``; all or an error that says how many."""
         self.check_open()
@@ -171,6 +175,11 @@ class QueuePair(Owner):
                     f"{attr.cap.max_send_wr} send and {attr.cap.max_recv_wr} receive work requests",
                 )
             max_inline //= 2
+
+    def newest_first(self) -> None:
+        """From now on a message takes the receive that was posted last, if the device can do that (usroce); else
+        the oldest, as verbs have it. For whom all receives are alike: the last one is in the cache."""
+        _newest_first(self.context, self._handle, ffi.NULL)
 
     # --- states --------------------------------------------------------------------------------------
 
@@ -345,6 +354,10 @@ class QueuePair(Owner):
 
     def __repr__(self) -> str:
         return f"<QueuePair {self.qp_num:#x} {'closed' if self.closed else self.state.name}>"
+
+
+def _newest_first(context: Context, qp: Any, srq: Any) -> None:
+    check(lib.glue_newest_first(context.provider.table, qp, srq), "usroce_newest_first")
 
 
 def _post_recv(post: Any, handle: Any, requests: Iterable[tuple[int, int, int, int]], call: str) -> None:

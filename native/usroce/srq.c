@@ -70,13 +70,15 @@ int rq_post(struct rq *rq, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
 
 struct recv_wqe *rq_pop(struct rq *rq)
 {
-    return rq_count(rq) ? slot(rq, rq->tail++) : NULL;
+    if (!rq_count(rq))
+        return NULL;
+    return slot(rq, rq->newest_first ? --rq->head : rq->tail++);
 }
 
 void rq_prefetch(const struct rq *rq)
 {
     if (rq_count(rq))
-        __builtin_prefetch(slot(rq, rq->tail));
+        __builtin_prefetch(slot(rq, rq->newest_first ? rq->head - 1 : rq->tail));
 }
 
 /* Moves the receives into a ring of another size. 0, or ENOMEM or EINVAL (they do not fit) with nothing changed.
@@ -94,6 +96,7 @@ static int rq_resize(struct rq *rq, uint32_t max_wr)
     }
     for (; rq->tail != rq->head; rq->tail++)
         memcpy(slot(&to, to.head++), slot(rq, rq->tail), rq->stride);
+    to.newest_first = rq->newest_first;
     rq_free(rq);
     *rq = to;
     return 0;
@@ -138,6 +141,19 @@ int srq_post(struct ibv_srq *base, struct ibv_recv_wr *wr, struct ibv_recv_wr **
     rc = rq_post(&srq_of(base)->rq, wr, bad);
     pthread_mutex_unlock(&ctx->lock);
     return rc;
+}
+
+EXPORT int usroce_newest_first(struct ibv_qp *qp, struct ibv_srq *srq)
+{
+    struct context *ctx = context_of(qp ? qp->context : srq->context);
+    struct rq *rq = qp ? &((struct qp *)(void *)qp)->rq : &srq_of(srq)->rq;
+
+    if (context_is_foreign(ctx))
+        return ENODEV;
+    pthread_mutex_lock(&ctx->lock);
+    rq->newest_first = true;
+    pthread_mutex_unlock(&ctx->lock);
+    return 0;
 }
 
 static void free_srq(struct srq *srq)

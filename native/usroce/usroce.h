@@ -232,6 +232,7 @@ struct rq {
     size_t stride;
     uint32_t capacity, max_sge;
     uint32_t head, tail;
+    bool newest_first; /* usroce_newest_first() */
 };
 
 struct srq {
@@ -632,7 +633,7 @@ int rq_init(struct rq *rq, uint32_t max_wr, uint32_t max_sge);
 void rq_free(struct rq *rq);
 /* Appends what fits. 0, or ENOMEM (full) or EINVAL with *bad set. */
 int rq_post(struct rq *rq, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad);
-/* The oldest receive, or NULL; valid until the next call on the queue. */
+/* The oldest receive, or the newest (newest_first), or NULL; valid until the next call on the queue. */
 struct recv_wqe *rq_pop(struct rq *rq);
 /* It is going to be taken. */
 void rq_prefetch(const struct rq *rq);

@@ -62,6 +62,10 @@ int usroce_unshare(void *memory);
  * the loop wakes for a packet itself and not after another thread has; and it may wake for no event. What is found by
  * polling an armed queue of the channel raises no event: the queue stays armed. 0 or an errno. */
 int usroce_watch_channel(struct ibv_comp_channel *channel, int *fd);
+/* From now on a message takes the receive that was posted last, not the oldest one, for whom all receives are alike: its
+ * memory, and what is kept about it, was in use a moment ago and is in the cache. Of a queue pair that has its own, or of
+ * an SRQ; the other is NULL. 0 or an errno. */
+int usroce_newest_first(struct ibv_qp *qp, struct ibv_srq *srq);
 int usroce_query_counters(struct ibv_context *context, struct usroce_counters *counters, size_t size);
 
 #endif

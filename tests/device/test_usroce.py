@@ -84,6 +84,17 @@ async def test_two_configurations_in_one_loop_are_two_devices() -> None:
             assert third.server.route.adapter is second.server.route.adapter
 
 
+@pytest.mark.parametrize("shared_receives", [None, 64])
+async def test_a_message_takes_the_receive_that_was_free_last(shared_receives: int | None) -> None:
+    async with connected_pair(Config(shared_receives=shared_receives)) as pair:
+        addresses = set()
+        for _ in range(20):
+            await pair.client.send(b"hello")
+            with await pair.server.recv_lease() as lease:
+                addresses.add(lease.address)
+        assert len(addresses) <= 3  # of 9 at least: credits that come in between take one, too
+
+
 @pytest.mark.parametrize("shared", [True, False])
 async def test_whether_memory_is_shared(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration comes before the environment; one that says nothing shares."""

@@ -603,6 +603,77 @@ static void srq_limit_on_empty(void)
     close_bench(&bench);
 }
 
+/* --- the newest receive first ------------------------------------------------------------------------------------ */
+
+static void post_numbers(struct bench *bench, struct ibv_srq *srq, uint64_t first, uint64_t last)
+{
+    struct ibv_recv_wr wr = {.num_sge = 0}, *bad;
+
+    for (wr.wr_id = first; wr.wr_id <= last; wr.wr_id++)
+        REQUIRE(srq ? !ibv_post_srq_recv(srq, &wr, &bad) : !ibv_post_recv(bench->b, &wr, &bad));
+}
+
+/* An empty message for `b`; the receive that it took. */
+static uint64_t taken_by_message(struct bench *bench)
+{
+    struct ibv_send_wr wr = {.opcode = IBV_WR_SEND};
+    struct ibv_wc wc;
+
+    CHECK(run(bench, &wr) == IBV_WC_SUCCESS);
+    wc = next_completion(bench->peer_cq);
+    CHECK(wc.status == IBV_WC_SUCCESS && wc.opcode == IBV_WC_RECV);
+    return wc.wr_id;
+}
+
+static void expect_newest(struct bench *bench, struct ibv_srq *srq)
+{
+    post_numbers(bench, srq, 1, 4);
+    CHECK(taken_by_message(bench) == 1); /* as verbs have it */
+    CHECK(!usroce_newest_first(srq ? NULL : bench->b, srq));
+    CHECK(taken_by_message(bench) == 4);
+    post_numbers(bench, srq, 5, 5);
+    CHECK(taken_by_message(bench) == 5);
+    CHECK(taken_by_message(bench) == 3);
+    CHECK(taken_by_message(bench) == 2);
+    post_numbers(bench, srq, 6, 8);
+}
+
+static void newest_first(void)
+{
+    struct bench bench;
+    struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
+
+    open_bench(&bench, NULL);
+    expect_newest(&bench, NULL);
+    CHECK(!ibv_modify_qp(bench.b, &attr, IBV_QP_STATE));
+    for (int i = 8; i >= 6; i--) { /* none is forgotten */
+        struct ibv_wc wc = next_completion(bench.peer_cq);
+
+        CHECK(wc.status == IBV_WC_WR_FLUSH_ERR && wc.wr_id == (uint64_t)i);
+    }
+    close_bench(&bench);
+}
+
+static void newest_first_shared(void)
+{
+    struct bench bench;
+    struct ibv_srq *srq;
+    struct ibv_srq_attr attr = {.max_wr = 32};
+
+    open_bench(&bench, NULL);
+    srq = create_srq(bench.pd, 8, 1);
+    CHECK(!ibv_destroy_qp(bench.b));
+    bench.b = create_qp(&bench, bench.peer_cq, srq, IBV_QPT_RC);
+    reconnect(&bench);
+    expect_newest(&bench, srq);
+    CHECK(!ibv_modify_srq(srq, &attr, IBV_SRQ_MAX_WR));
+    for (uint64_t i = 8; i >= 6; i--)
+        CHECK(taken_by_message(&bench) == i);
+    CHECK(!ibv_destroy_qp(bench.b) && !ibv_destroy_srq(srq));
+    bench.b = create_qp(&bench, bench.peer_cq, NULL, IBV_QPT_RC);
+    close_bench(&bench);
+}
+
 int main(void)
 {
     cq_attributes();
@@ -622,6 +693,8 @@ int main(void)
     srq_attributes();
     srq_limit();
     srq_limit_on_empty();
+    newest_first();
+    newest_first_shared();
     if (failures)
         fprintf(stderr, "%d failures\n", failures);
     return failures ? 1 : 0;
