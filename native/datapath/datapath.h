@@ -10,6 +10,7 @@
  * next.c     Next      the await of what comes next there: polls, waits, takes it
  * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
+ * users.c    the receivers of a ring, by queue pair
  * send.c     Sender, Group: messages, copied once, several to a doorbell, few of them signaled
  * write.c    Write: a small one-sided write, likewise; awaitable
  * region.c   Grant, Region: what the peer lets us write to
@@ -174,6 +175,7 @@ void inbox_runs(Inbox *inbox);   /* a receiver that was woken runs, or was cance
 
 int table_add(Table *table, PyObject *entry, uint64_t *wr_id); /* -1 and MemoryError */
 bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
+const struct pending *table_slot(const Table *table, uint64_t wr_id); /* where it is; until the next table_add() */
 int table_count_forks(void); /* once, or an errno */
 bool table_here(const Table *table); /* the caller is in the table's thread, and its process was not forked off */
 int table_mark_turn(Table *table);                              /* -1 and an exception */
@@ -196,12 +198,32 @@ void table_unraisable(Table *table); /* the exception that is set goes to on_err
 
 typedef struct Receiver Receiver;
 
+/* Of many users, one that got nothing lately is in no cache. So here is what else a message needs, to be fetched at once;
+ * the addresses are for that only, and `ledger` may be stale. */
+struct user {
+    Receiver *receiver; /* NULL: a free place */
+    const void *ledger, *messages, *sender;
+    uint32_t qp_num;
+};
+
+/* All zero is an empty one. */
+struct users {
+    struct user *at;
+    uint32_t size, count; /* size is a power of two, or 0 */
+};
+
+struct user *users_find(const struct users *users, uint32_t qp_num);          /* until a change; NULL: nobody */
+int users_enter(struct users *users, uint32_t qp_num, Receiver *receiver);    /* -1 and MemoryError */
+void users_forget(struct users *users, uint32_t qp_num);                      /* may run code of others, as clear() */
+int users_visit(const struct users *users, visitproc visit, void *arg);
+void users_clear(struct users *users);
+
 typedef struct {
     PyObject_HEAD
     Table *table;
     struct ibv_qp *qp; /* exactly one of the two */
     struct ibv_srq *srq;
-    PyObject *users;   /* dict: queue-pair number to Receiver */
+    struct users users;
     Receiver *last;    /* the user found last, and its number; borrowed from `users` */
     uint32_t last_qp_num;
     uint32_t size; /* bytes of a buffer */
@@ -222,17 +244,27 @@ typedef struct {
     char handed; /* somebody was woken for it and has not taken it */
 } Buffer;
 
+/* What the next message comes with, if the device takes the receive that was posted last. The addresses are to be
+ * fetched and for nothing else, and may be stale. */
+#define SMALL 128 /* bytes of a message that are worth it */
+
+struct expected {
+    const void *buffer, *ring, *slot, *data; /* the Buffer, its Ring, its place in the pending table, its memory */
+};
+
 struct Receiver {
     PyObject_HEAD
     Ledger *ledger; /* NULL until the handshake is over */
     Sender *sender;
     Inbox *messages;
+    struct expected expected;
     PyObject *consumer; /* called with each message while somebody waits for one, in its stead; or NULL */
     Py_ssize_t handed;
     long long received;
     char closed, consumes_inline;
 };
 
+void receiver_expects(const Receiver *receiver); /* a message may come soon: what it takes is fetched */
 PyObject *receiver_take(Receiver *receiver, PyObject *item); /* a message, its buffer posted again, or the item */
 
 /* next.c */

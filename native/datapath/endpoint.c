@@ -11,10 +11,13 @@ typedef struct {
 static PyObject *endpoint_send(PyObject *self, PyObject *data)
 {
     Sender *sender = ((Endpoint *)self)->sends;
+    Receiver *receiver = ((Endpoint *)self)->receives;
     int goes;
 
-    prefetch(((Endpoint *)self)->receives, sizeof(Receiver)); /* an answer may be awaited next */
+    prefetch(receiver, sizeof(*receiver)); /* an answer may be awaited next ... */
     goes = sender ? sender_send(sender, data) : 0;
+    if (receiver)
+        receiver_expects(receiver); /* ... and take these; by now it is in the cache */
     if (goes > 0)
         return Py_NewRef(sender->table->done);
     return goes < 0 ? NULL : PyObject_CallMethodObjArgs(self, name_send_later, data, NULL);

@@ -17,22 +17,19 @@
 
 static Receiver *ring_user(Ring *ring, uint32_t qp_num)
 {
-    PyObject *number, *user;
+    struct user *user;
 
     if (ring->last && ring->last_qp_num == qp_num)
         return ring->last;
-    number = PyLong_FromUnsignedLong(qp_num);
-    if (!number) {
-        PyErr_Clear(); /* no memory for a number: nobody's, as for a queue pair that is gone */
+    user = users_find(&ring->users, qp_num);
+    if (!user)
         return NULL;
-    }
-    user = PyDict_GetItemWithError(ring->users, number);
-    Py_DECREF(number);
-    if (!user) {
-        PyErr_Clear();
-        return NULL;
-    }
-    ring->last = (Receiver *)user;
+    prefetch(user->receiver, sizeof(Receiver));
+    prefetch(user->ledger, sizeof(Ledger));
+    prefetch(user->messages, sizeof(Inbox));
+    prefetch(user->sender, offsetof(Sender, groups));
+    user->ledger = user->receiver->ledger;
+    ring->last = user->receiver;
     ring->last_qp_num = qp_num;
     return ring->last;
 }
@@ -108,26 +105,26 @@ static PyObject *ring_post_method(PyObject *self, PyObject *buffer)
 static PyObject *ring_enter(PyObject *self, PyObject *args)
 {
     Ring *ring = (Ring *)self;
-    PyObject *number, *user;
+    unsigned int qp_num;
+    PyObject *receiver;
 
-    if (!PyArg_ParseTuple(args, "OO!", &number, receiver_type, &user))
-        return NULL;
-    if (PyDict_SetItem(ring->users, number, user))
+    if (!PyArg_ParseTuple(args, "IO!", &qp_num, receiver_type, &receiver))
         return NULL;
     ring->last = NULL;
+    if (users_enter(&ring->users, qp_num, (Receiver *)receiver))
+        return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *ring_forget(PyObject *self, PyObject *number)
 {
     Ring *ring = (Ring *)self;
+    unsigned long qp_num = PyLong_AsUnsignedLong(number);
 
+    if (PyErr_Occurred())
+        return NULL;
     ring->last = NULL;
-    if (PyDict_DelItem(ring->users, number)) {
-        if (!PyErr_ExceptionMatches(PyExc_KeyError))
-            return NULL;
-        PyErr_Clear();
-    }
+    users_forget(&ring->users, (uint32_t)qp_num);
     Py_RETURN_NONE;
 }
 
@@ -146,7 +143,7 @@ static PyObject *ring_close(PyObject *self, PyObject *unused)
     (void)unused;
     ring->closed = 1;
     ring->last = NULL;
-    PyDict_Clear(ring->users);
+    users_clear(&ring->users);
     for (Py_ssize_t i = 0; i < count; i++) {
         Buffer *buffer = (Buffer *)PyList_GetItem(ring->buffers, i);
 
@@ -176,9 +173,8 @@ static int ring_init(PyObject *self, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_ValueError, "a ring has one of qp and srq, room for a header, and is made once");
         return -1;
     }
-    ring->users = PyDict_New();
     ring->buffers = PyList_New(0);
-    if (!ring->users || !ring->buffers)
+    if (!ring->buffers)
         return -1;
     ring->table = (Table *)Py_NewRef(table);
     ring->qp = (struct ibv_qp *)(uintptr_t)qp;
@@ -190,9 +186,11 @@ static int ring_init(PyObject *self, PyObject *args, PyObject *kwargs)
 static int ring_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Ring *ring = (Ring *)self;
+    int rc = users_visit(&ring->users, visit, arg);
 
+    if (rc)
+        return rc;
     Py_VISIT((PyObject *)ring->table);
-    Py_VISIT(ring->users);
     Py_VISIT(ring->buffers);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
@@ -203,8 +201,7 @@ static int ring_clear(PyObject *self)
     Ring *ring = (Ring *)self;
 
     ring->last = NULL;
-    if (ring->users)
-        PyDict_Clear(ring->users);
+    users_clear(&ring->users);
     if (ring->buffers)
         PyList_SetSlice(ring->buffers, 0, PyList_Size(ring->buffers), NULL);
     return 0;
@@ -214,7 +211,6 @@ static void ring_dealloc(PyObject *self)
 {
     PyObject_GC_UnTrack(self);
     ring_clear(self);
-    Py_CLEAR(((Ring *)self)->users);
     Py_CLEAR(((Ring *)self)->buffers);
     Py_CLEAR(((Ring *)self)->table);
     object_free(self);
@@ -233,7 +229,6 @@ static PyMemberDef ring_members[] = {
     {"posted", T_PYSSIZET, offsetof(Ring, posted), READONLY, "How many buffers the device has."},
     {"size", T_UINT, offsetof(Ring, size), READONLY, "Bytes of a buffer."},
     {"buffers", T_OBJECT, offsetof(Ring, buffers), READONLY, "All of them, a list."},
-    {"users", T_OBJECT, offsetof(Ring, users), READONLY, "Receivers by the number of their queue pair."},
     {"closed", T_BOOL, offsetof(Ring, closed), READONLY, "True after close()."},
     {NULL, 0, 0, 0, NULL},
 };
@@ -425,7 +420,24 @@ static int recycle(Receiver *receiver, Buffer *buffer)
     }
     if (ring_post(buffer->ring, buffer))
         return refuse(receiver);
+    receiver->expected = (struct expected){
+        .buffer = buffer,
+        .ring = buffer->ring,
+        .slot = table_slot(buffer->ring->table, buffer->wr_id),
+        .data = (const void *)(uintptr_t)buffer->address,
+    };
     return owe(receiver);
+}
+
+void receiver_expects(const Receiver *receiver)
+{
+    const struct expected *expected = &receiver->expected;
+
+    prefetch(receiver->messages, offsetof(Inbox, resumed));
+    prefetch(expected->buffer, sizeof(Buffer));
+    prefetch(expected->ring, sizeof(Ring));
+    prefetch(expected->slot, sizeof(struct pending));
+    prefetch(expected->data, SMALL);
 }
 
 /* --- Receiver: what arrives -------------------------------------------------------------------------- */
@@ -503,11 +515,7 @@ int buffer_completed(Buffer *buffer, const struct glue_wc *wc)
     receiver = ring_user(ring, wc->qp_num);
     if (!receiver) /* of a queue pair that is gone: the receive is for the others */
         return ring->closed ? 0 : ring_post(ring, buffer);
-    prefetch(receiver, sizeof(*receiver));
     Py_INCREF((PyObject *)receiver);
-    prefetch(receiver->ledger, sizeof(*receiver->ledger));
-    prefetch(receiver->messages, sizeof(*receiver->messages));
-    prefetch(receiver->sender, offsetof(Sender, groups));
     if (wc->status == IBV_WC_SUCCESS && wc->opcode == IBV_WC_RECV && receiver->ledger && !receiver->closed &&
         message_header(buffer, wc->byte_len, &header)) {
         rc = message_arrived(receiver, buffer, &header);

@@ -68,6 +68,11 @@ static PyObject *find(const Table *table, uint64_t wr_id)
     return table->slots[slot].entry;
 }
 
+const struct pending *table_slot(const Table *table, uint64_t wr_id)
+{
+    return &table->slots[(uint32_t)wr_id];
+}
+
 bool table_remove(Table *table, uint64_t wr_id, PyObject *entry)
 {
     if (find(table, wr_id) != entry)
