@@ -190,6 +190,8 @@ void progress_receive(struct context *ctx, struct gid_slot *slot, const struct v
         ctx->counters.unknown_qp++;
         return;
     }
+    if (!(packet.traits & WIRE_RESPONSE))
+        sq_prefetch(&qp->sq);
     if (!view->unsealed && !icrc_check(view, &slot->link->local, qp->any_ip_id)) {
         ctx->counters.bad_icrc++;
         return;

@@ -535,9 +535,10 @@ struct ibv_qp *qp_create_ex(struct ibv_context *context, struct ibv_qp_init_attr
         errno = EOPNOTSUPP;
         return NULL;
     }
-    qp = calloc(1, sizeof(*qp));
+    qp = aligned_alloc(CACHE_LINE, sizeof(*qp));
     if (!qp)
         return NULL;
+    memset(qp, 0, sizeof(*qp));
     init_base(qp, attr);
     rc = init_queues(qp, attr);
     if (!rc) {

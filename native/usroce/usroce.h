@@ -368,7 +368,7 @@ struct responder {
 
 struct qp {
     union {
-        struct ibv_qp base;
+        _Alignas(CACHE_LINE) struct ibv_qp base;
         struct ibv_qp_ex ex;
     };
     bool has_ex;
@@ -410,12 +410,23 @@ struct qp {
  * asking for its first field. */
 static inline void qp_prefetch(const struct qp *qp)
 {
-    __builtin_prefetch(&qp->base.state);
+    __builtin_prefetch(&qp->base);
     __builtin_prefetch(&qp->attr.dest_qp_num);
     __builtin_prefetch(&qp->attr.ah_attr.grh.traffic_class);
     __builtin_prefetch(&qp->resp.sge);
     for (size_t at = offsetof(struct qp, resp.epsn); at < offsetof(struct qp, req.reads); at += CACHE_LINE)
         __builtin_prefetch((const char *)qp + at);
+}
+
+/* The next request to be posted: a message is likely to be answered. */
+static inline void sq_prefetch(const struct sq *sq)
+{
+    uint32_t at = sq->head == sq->tail ? 0 : sq->head & (sq->capacity - 1);
+
+    for (size_t line = 0; line < sizeof(struct send_wqe); line += CACHE_LINE)
+        __builtin_prefetch((const char *)&sq->wqes[at] + line, 1);
+    for (size_t line = 0; line < 2 * CACHE_LINE; line += CACHE_LINE)
+        __builtin_prefetch(sq->inline_data + (size_t)at * sq->max_inline + line, 1);
 }
 
 /* One GID of the port: an address with its link. */
