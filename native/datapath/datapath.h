@@ -274,9 +274,8 @@ typedef struct {
     PyObject_HEAD
     Sender *sender; /* borrowed; NULL when it is gone */
     uint64_t wr_id;
-    int count;   /* messages posted with it */
-    int staged;  /* of these, in staging buffers */
-    char entered;
+    int count;  /* messages posted with it, once the last one is */
+    int staged; /* of these, in staging buffers */
 } Group;
 
 /* What the peer announced under a name. */
@@ -346,10 +345,14 @@ struct Sender {
     struct ibv_qp *qp;
     size_t stride;
     struct gathered *gathered; /* NULL until the first is gathered */
+    struct {
+        uint64_t wr_id;
+        int count, staged; /* so far; 0: the group is not in the pending table */
+    } filling;
     Sender *next;           /* among the dirty ones */
     unsigned long long turn; /* when something was sent last */
     long long reserved, wanted_back, sent, handed;
-    unsigned int group;     /* the one that is filled now */
+    unsigned int group;     /* the one that is filled now, with `filling` */
     unsigned int closed;    /* groups whose last message is posted, and whose completion has yet to come */
     unsigned int in_flight; /* messages queued here or in a group that has not completed */
     unsigned int queued;

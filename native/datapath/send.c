@@ -67,7 +67,6 @@ int group_completed(Group *group, const struct glue_wc *wc)
     Sender *sender = group->sender;
     int rc = 0, staged = group->staged;
 
-    group->entered = 0;
     if (!sender)
         return 0;
     Py_INCREF((PyObject *)sender);
@@ -80,7 +79,6 @@ int group_completed(Group *group, const struct glue_wc *wc)
     } else {
         sender->in_flight -= (unsigned int)group->count;
         sender->closed--;
-        group->count = group->staged = 0;
         give_back(sender, staged);
         rc = sender_pump(sender);
     }
@@ -106,7 +104,12 @@ PyType_Spec group_spec = {
 /* This is the last message of its group. */
 static void close_group(Sender *sender, struct ibv_send_wr *wr)
 {
+    Group *group = sender->groups[sender->group];
+
     wr->send_flags |= IBV_SEND_SIGNALED;
+    group->count = sender->filling.count;
+    group->staged = sender->filling.staged;
+    sender->filling.count = sender->filling.staged = 0;
     sender->closed++;
     sender->group = (sender->group + 1) % GROUPS;
 }
@@ -114,17 +117,17 @@ static void close_group(Sender *sender, struct ibv_send_wr *wr)
 /* The next message of a group. -1 and MemoryError. */
 static int message_posting(Sender *sender, const struct frame *frame, struct ibv_send_wr *wr)
 {
-    Group *group = sender->groups[sender->group];
+    if (!sender->filling.count) {
+        Group *group = sender->groups[sender->group];
 
-    if (!group->entered) {
         if (table_add(sender->table, (PyObject *)group, &group->wr_id))
             return -1;
-        group->entered = 1;
+        sender->filling.wr_id = group->wr_id;
     }
-    wr->wr_id = group->wr_id;
+    wr->wr_id = sender->filling.wr_id;
     wr->opcode = IBV_WR_SEND;
-    group->staged += frame->staged;
-    if (++group->count == GROUP)
+    sender->filling.staged += frame->staged;
+    if (++sender->filling.count == GROUP)
         close_group(sender, wr);
     return 0;
 }
@@ -390,7 +393,6 @@ static void fetch(const Sender *sender)
 {
     prefetch(sender, offsetof(Sender, groups));
     prefetch(sender->ledger, sizeof(*sender->ledger));
-    prefetch(sender->groups[sender->group], sizeof(Group));
     prefetch(sender->qp, sizeof(sender->qp->context));
 }
 
