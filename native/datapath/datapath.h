@@ -138,6 +138,9 @@ typedef struct {
     PyObject *give_back;  /* called with an item whose receiver was cancelled; NULL: it is the next one again */
     PyObject *make_error; /* after fail(): an error for each who finds nothing */
     struct objects items, waiters;
+    /* That are over, to be used again when nobody else has them any more: each message has one of either, which would be
+     * new memory, and entered in the lists of the garbage collector, next to others that are in no cache. */
+    PyObject *spare_next, *spare_wait;
     struct resumed resumed; /* who waited last */
 } Inbox;
 
@@ -152,6 +155,7 @@ typedef struct {
 } Wait;
 
 Wait *wait_new(Inbox *inbox);
+void wait_over(Wait *wait);                /* with what it got; takes the reference */
 int wait_give(Wait *wait, PyObject *item); /* 1: it has it; 0: it waits no more; -1 and an exception */
 int wait_fail(Wait *wait, PyObject *error); /* the wait is over; -1 and an exception */
 PyObject *wait_item(const Wait *wait);     /* what it has got, borrowed, or NULL */
@@ -169,6 +173,9 @@ static inline void resumed_set(struct resumed *resumed, enum part part, const vo
 
 /* 1: a waiter has the item now, and runs later; 0: it lies in the inbox; -1 and an exception. */
 int inbox_put(Inbox *inbox, PyObject *item, bool front);
+/* What lies in a place for a spare, with its reference, if nobody else has it any more; else NULL. */
+PyObject *spare_take(PyObject **spare);
+void spare_put(PyObject **spare, PyObject *object); /* takes the reference */
 int inbox_spin(Inbox *inbox, bool (*done)(PyObject *), PyObject *what); /* as table_spin() */
 bool inbox_has(PyObject *inbox); /* there is something to take */
 void inbox_runs(Inbox *inbox);   /* a receiver that was woken runs, or was cancelled and does not */

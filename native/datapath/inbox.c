@@ -92,6 +92,24 @@ void objects_clear(struct objects *queue)
     memset(queue, 0, sizeof(*queue));
 }
 
+PyObject *spare_take(PyObject **spare)
+{
+    PyObject *object = *spare;
+
+    if (!object || Py_REFCNT(object) > 1)
+        return NULL;
+    *spare = NULL;
+    return object;
+}
+
+void spare_put(PyObject **spare, PyObject *object)
+{
+    PyObject *before = *spare;
+
+    *spare = object;
+    Py_XDECREF(before);
+}
+
 int inbox_put(Inbox *inbox, PyObject *item, bool front)
 {
     PyObject *wait;
@@ -241,6 +259,8 @@ static int inbox_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT((PyObject *)((Inbox *)self)->governor);
     Py_VISIT(((Inbox *)self)->give_back);
     Py_VISIT(((Inbox *)self)->make_error);
+    Py_VISIT(((Inbox *)self)->spare_next);
+    Py_VISIT(((Inbox *)self)->spare_wait);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -251,6 +271,8 @@ static int inbox_clear(PyObject *self)
     objects_clear(&((Inbox *)self)->waiters);
     Py_CLEAR(((Inbox *)self)->give_back);
     Py_CLEAR(((Inbox *)self)->make_error);
+    Py_CLEAR(((Inbox *)self)->spare_next);
+    Py_CLEAR(((Inbox *)self)->spare_wait);
     return 0;
 }
 

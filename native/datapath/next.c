@@ -16,15 +16,18 @@ typedef struct {
     PyObject *rest;       /* a coroutine that receives a large message */
     long long started_ns; /* of a wait that a governor learns from, or 0 */
     enum next_state state;
-    char runs, iterates;
+    char runs, iterates, of_messages;
 } Next;
 
 PyObject *next_new(Inbox *inbox, Receiver *receiver, bool iterates)
 {
-    Next *next = (Next *)PyType_GenericAlloc(next_type, 0);
+    Next *next = (Next *)spare_take(&inbox->spare_next);
 
-    if (!next)
+    if (!next && !(next = (Next *)PyType_GenericAlloc(next_type, 0)))
         return NULL;
+    next->state = NEXT_NEW;
+    next->started_ns = 0;
+    next->of_messages = receiver != NULL;
     next->inbox = (Inbox *)Py_NewRef((PyObject *)inbox);
     next->receiver = (Receiver *)Py_XNewRef((PyObject *)receiver);
     next->iterates = iterates;
@@ -73,7 +76,8 @@ static PySendResult look(Next *next, PyObject **value)
         *value = item;
         return sent;
     }
-    Py_CLEAR(next->wait);
+    wait_over(next->wait);
+    next->wait = NULL;
     inbox_runs(next->inbox);
     learn(next);
     return take(next, item, value);
@@ -204,6 +208,19 @@ static void fails(Next *next)
     }
 }
 
+/* It has returned. A spare one has no inbox, whose it is. */
+static void over(Next *next)
+{
+    Inbox *inbox = next->inbox;
+
+    next->state = NEXT_OVER;
+    next->inbox = NULL;
+    Py_CLEAR(next->receiver);
+    Py_CLEAR(next->rest);
+    spare_put(&inbox->spare_next, Py_NewRef((PyObject *)next));
+    Py_DECREF((PyObject *)inbox);
+}
+
 static PySendResult next_send(PyObject *self, PyObject *arg, PyObject **value)
 {
     Next *next = (Next *)self;
@@ -223,7 +240,7 @@ static PySendResult next_send(PyObject *self, PyObject *arg, PyObject **value)
     if (sent == PYGEN_ERROR)
         fails(next);
     else if (sent == PYGEN_RETURN)
-        next->state = NEXT_OVER;
+        over(next);
     return sent;
 }
 
@@ -314,7 +331,7 @@ static PyObject *next_close(PyObject *self, PyObject *unused)
 static PyObject *get_name(PyObject *self, void *unused)
 {
     (void)unused;
-    return PyUnicode_FromString(!((Next *)self)->receiver ? "Inbox.wait"
+    return PyUnicode_FromString(!((Next *)self)->of_messages ? "Inbox.wait"
                                 : ((Next *)self)->iterates ? "Connection.__anext__"
                                                            : "Connection.recv");
 }

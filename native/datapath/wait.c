@@ -41,15 +41,20 @@ static int line_up(Wait *wait)
     return table->waking ? 0 : ask_loop(table);
 }
 
-static void call_back(Wait *wait)
+/* A task that has got something is told so by a future that is done, and asks for it where it awaits. So the wait is
+ * not held here meanwhile, and can be used again. Takes the reference. */
+static void call_back(Table *table, Wait *wait)
 {
     PyObject *callback = wait->callback, *context = wait->context, *result;
+    PyObject *future = wait->state == WAIT_DONE ? Py_NewRef(table->done) : Py_NewRef((PyObject *)wait);
 
     wait->callback = wait->context = NULL;
-    result = PyObject_CallMethodObjArgs(context, name_run, callback, (PyObject *)wait, NULL);
+    Py_DECREF((PyObject *)wait);
+    result = PyObject_CallMethodObjArgs(context, name_run, callback, future, NULL);
     if (!result)
-        table_unraisable(wait->table);
+        table_unraisable(table);
     Py_XDECREF(result);
+    Py_DECREF(future);
     Py_DECREF(callback);
     Py_DECREF(context);
 }
@@ -58,10 +63,8 @@ void table_wake(Table *table)
 {
     PyObject *wait;
 
-    for (int i = 0; i < TURN_WAKES && (wait = objects_pop(&table->to_wake)); i++) {
-        call_back((Wait *)wait);
-        Py_DECREF(wait);
-    }
+    for (int i = 0; i < TURN_WAKES && (wait = objects_pop(&table->to_wake)); i++)
+        call_back(table, (Wait *)wait);
     if (table->to_wake.count && ask_loop(table))
         table_unraisable(table);
 }
@@ -70,13 +73,30 @@ void table_wake(Table *table)
 
 Wait *wait_new(Inbox *inbox)
 {
-    Wait *wait = (Wait *)PyType_GenericAlloc(wait_type, 0);
+    Wait *wait = (Wait *)spare_take(&inbox->spare_wait);
 
-    if (wait) {
+    if (!wait) {
+        wait = (Wait *)PyType_GenericAlloc(wait_type, 0);
+        if (!wait)
+            return NULL;
         wait->table = (Table *)Py_NewRef((PyObject *)inbox->table);
-        wait->inbox = (Inbox *)Py_NewRef((PyObject *)inbox);
     }
+    wait->state = WAIT_WAITS;
+    wait->inbox = (Inbox *)Py_NewRef((PyObject *)inbox);
     return wait;
+}
+
+/* A spare one has no inbox, whose it is. To whoever kept it, it is as one that was cancelled. */
+void wait_over(Wait *wait)
+{
+    Inbox *inbox = wait->inbox;
+
+    wait->state = WAIT_CANCELLED;
+    wait->inbox = NULL;
+    wait->blocking = 0;
+    Py_CLEAR(wait->value);
+    spare_put(&inbox->spare_wait, (PyObject *)wait);
+    Py_DECREF((PyObject *)inbox);
 }
 
 int wait_give(Wait *wait, PyObject *item)
@@ -153,8 +173,15 @@ static void learn_task(struct resumed *resumed, PyObject *task, PyObject *contex
 /* The callback of a task is a method of it. */
 static void learn(const Wait *wait, PyObject *callback, PyObject *context)
 {
-    struct resumed *resumed = &wait->inbox->resumed;
-    PyObject *task = PyObject_GetAttr(callback, name_self);
+    Inbox *inbox = wait->inbox;
+    struct resumed *resumed;
+    PyObject *task;
+
+    if (!inbox)
+        return;
+    Py_INCREF((PyObject *)inbox);
+    resumed = &inbox->resumed;
+    task = PyObject_GetAttr(callback, name_self);
 
     if (!task)
         PyErr_Clear();
@@ -163,6 +190,7 @@ static void learn(const Wait *wait, PyObject *callback, PyObject *context)
     Py_XDECREF(task);
     resumed_set(resumed, RESUMED_WAIT, wait, sizeof(*wait));
     resumed_set(resumed, RESUMED_CALLBACK, callback, sizeof(PyObject));
+    Py_DECREF((PyObject *)inbox);
 }
 
 /* --- the task ---------------------------------------------------------------------------------------- */
