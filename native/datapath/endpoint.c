@@ -6,20 +6,33 @@ typedef struct {
     PyObject_HEAD
     Sender *sends;      /* NULL until the queue pair is made */
     Receiver *receives; /* likewise */
+    const void *ledger, *qp; /* of `sends`: to be fetched with it, and for nothing else */
 } Endpoint;
+
+/* Of many connections, one that was not used lately is in no cache: what it needs is asked for at once. */
+static void fetch(const Endpoint *endpoint)
+{
+    prefetch(endpoint->sends, offsetof(Sender, groups));
+    prefetch(endpoint->ledger, sizeof(Ledger));
+    prefetch(endpoint->qp, sizeof(struct ibv_qp));
+    prefetch(endpoint->receives, sizeof(Receiver)); /* an answer may be awaited next */
+}
 
 static PyObject *endpoint_send(PyObject *self, PyObject *data)
 {
-    Sender *sender = ((Endpoint *)self)->sends;
-    Receiver *receiver = ((Endpoint *)self)->receives;
+    Endpoint *endpoint = (Endpoint *)self;
+    Sender *sender = endpoint->sends;
     int goes;
 
-    prefetch(receiver, sizeof(*receiver)); /* an answer may be awaited next ... */
+    fetch(endpoint);
     goes = sender ? sender_send(sender, data) : 0;
-    if (receiver)
-        receiver_expects(receiver); /* ... and take these; by now it is in the cache */
-    if (goes > 0)
+    if (endpoint->receives)
+        receiver_expects(endpoint->receives);
+    if (goes > 0) {
+        endpoint->ledger = sender->ledger;
+        endpoint->qp = sender->qp;
         return Py_NewRef(sender->table->done);
+    }
     return goes < 0 ? NULL : PyObject_CallMethodObjArgs(self, name_send_later, data, NULL);
 }
 

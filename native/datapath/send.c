@@ -388,14 +388,6 @@ static int send_message(Sender *sender, struct frame *frame, const Py_buffer *da
     return go_out(sender, frame, at_once);
 }
 
-/* Of many senders, one that was not used lately is in no cache: what it needs is asked for at once. */
-static void fetch(const Sender *sender)
-{
-    prefetch(sender, offsetof(Sender, groups));
-    prefetch(sender->ledger, sizeof(*sender->ledger));
-    prefetch(sender->qp, sizeof(sender->qp->context));
-}
-
 static bool is_usable(const Sender *sender)
 {
     return sender->open && table_here(sender->table);
@@ -408,7 +400,6 @@ int sender_send(Sender *sender, PyObject *data)
     bool at_once;
     int goes;
 
-    fetch(sender);
     if (!is_usable(sender))
         return 0;
     if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
