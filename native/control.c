@@ -217,7 +217,6 @@ int glue_destroy_srq(struct glue_provider *p, struct ibv_srq *srq)
     return result(p->destroy_srq(srq));
 }
 
-/* attr->cap is updated to what the device granted. */
 /* A message may take the receive that was posted last; of one of the two, the other is NULL. Where the device takes the
  * oldest and nothing else, it does so. */
 int glue_newest_first(struct glue_provider *p, struct ibv_qp *qp, struct ibv_srq *srq)
@@ -225,6 +224,7 @@ int glue_newest_first(struct glue_provider *p, struct ibv_qp *qp, struct ibv_srq
     return p->usroce_newest_first ? result(p->usroce_newest_first(qp, srq)) : 0;
 }
 
+/* attr->cap is updated to what the device granted. */
 int glue_create_qp(struct glue_provider *p, struct ibv_pd *pd, struct ibv_qp_init_attr *attr,
                    struct ibv_qp **qp)
 {
