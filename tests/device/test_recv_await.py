@@ -217,6 +217,40 @@ async def test_whoever_waits_with_a_callback_is_called(pair: MakePair, kind: typ
     await _still_receives(both)
 
 
+async def _by_hand(pair: Pair, message: bytes) -> tuple[Any, Any]:
+    """A receive and what it waited with, both over."""
+    receive: Any = pair.server.recv()
+    wait = receive.send(None)
+    await pair.client.send(message)
+    while not pair.server._receives.handed:
+        await asyncio.sleep(0)
+    with pytest.raises(StopIteration) as taken:
+        receive.send(None)
+    assert taken.value.value == message
+    return receive, wait
+
+
+async def test_what_is_over_is_not_used_again_while_somebody_has_it(pair: MakePair) -> None:
+    both = await pair()
+    kept = [await _by_hand(both, b"%d" % i) for i in range(3)]
+    assert len({id(part) for parts in kept for part in parts}) == 6
+    for receive, wait in kept:
+        assert receive.__name__ == "Connection.recv"
+        with pytest.raises(RuntimeError, match="cannot be again"):
+            receive.send(None)
+        with pytest.raises(asyncio.CancelledError):
+            wait.result()
+        assert not wait.cancel()
+        waker = Waker()
+        wait.add_done_callback(waker.wake, context=contextvars.copy_context())
+        await asyncio.wait_for(waker.woken.wait(), 10)
+    del receive, wait
+    kept.clear()
+    for i in range(3):
+        await _by_hand(both, b"%d" % i)
+    await _still_receives(both)
+
+
 @pytest.mark.parametrize(
     "thrown",
     [(ValueError("text"),), (ValueError, "text"), (ValueError, ValueError("text"), None)],
