@@ -251,10 +251,10 @@ typedef struct {
     char handed; /* somebody was woken for it and has not taken it */
 } Buffer;
 
+#define SMALL 128 /* bytes of a message that are worth fetching */
+
 /* What the next message comes with, if the device takes the receive that was posted last. The addresses are to be
  * fetched and for nothing else, and may be stale. */
-#define SMALL 128 /* bytes of a message that are worth it */
-
 struct expected {
     const void *buffer, *ring, *slot, *data; /* the Buffer, its Ring, its place in the pending table, its memory */
 };
@@ -377,6 +377,15 @@ struct Sender {
     Write *first, *last; /* posted writes, in order */
     long long posted;
 };
+
+/* Of many senders, one that was not used lately is in no cache: what a message needs is asked for at once. Whoever has
+ * the addresses of the other two need not wait for the sender to name them. */
+static inline void sender_fetch(const Sender *sender, const void *ledger, const void *qp)
+{
+    prefetch(sender, offsetof(Sender, groups));
+    prefetch(ledger, sizeof(Ledger));
+    prefetch(qp, sizeof(struct ibv_qp));
+}
 
 /* 1: the message is on its way; 0: it needs SendQueue.submit(), which also says what is wrong; -1 and an exception. */
 int sender_send(Sender *sender, PyObject *data);

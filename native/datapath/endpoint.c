@@ -9,22 +9,14 @@ typedef struct {
     const void *ledger, *qp; /* of `sends`: to be fetched with it, and for nothing else */
 } Endpoint;
 
-/* Of many connections, one that was not used lately is in no cache: what it needs is asked for at once. */
-static void fetch(const Endpoint *endpoint)
-{
-    prefetch(endpoint->sends, offsetof(Sender, groups));
-    prefetch(endpoint->ledger, sizeof(Ledger));
-    prefetch(endpoint->qp, sizeof(struct ibv_qp));
-    prefetch(endpoint->receives, sizeof(Receiver)); /* an answer may be awaited next */
-}
-
 static PyObject *endpoint_send(PyObject *self, PyObject *data)
 {
     Endpoint *endpoint = (Endpoint *)self;
     Sender *sender = endpoint->sends;
     int goes;
 
-    fetch(endpoint);
+    sender_fetch(sender, endpoint->ledger, endpoint->qp);
+    prefetch(endpoint->receives, sizeof(Receiver)); /* an answer may be awaited next */
     goes = sender ? sender_send(sender, data) : 0;
     if (endpoint->receives)
         receiver_expects(endpoint->receives);

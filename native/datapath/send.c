@@ -419,8 +419,10 @@ int sender_send(Sender *sender, PyObject *data)
 static PyObject *send_first(PyObject *self, PyObject *data)
 {
     Sender *sender = (Sender *)self;
-    int goes = sent_in_turn(sender) ? 0 : sender_send(sender, data);
+    int goes;
 
+    sender_fetch(sender, sender->ledger, sender->qp);
+    goes = sent_in_turn(sender) ? 0 : sender_send(sender, data);
     return goes < 0 ? NULL : PyBool_FromLong(goes);
 }
 

@@ -182,7 +182,6 @@ static void learn(const Wait *wait, PyObject *callback, PyObject *context)
     Py_INCREF((PyObject *)inbox);
     resumed = &inbox->resumed;
     task = PyObject_GetAttr(callback, name_self);
-
     if (!task)
         PyErr_Clear();
     else if (task != resumed->part[RESUMED_TASK].at)
