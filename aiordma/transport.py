@@ -590,6 +590,11 @@ class Connection(Endpoint):
         self._consuming = False
         self._receives.consumer = None
 
+    def soon(self, callback: Callable[[], object]) -> None:
+        """Has ``callback()`` called by the event loop, outside of any task: sooner than ``loop.call_soon()`` where
+        a message is being handled, and cheaper. What it raises is reported to the loop's exception handler."""
+        self._adapter.reactor.soon(callback)
+
     def spin(self, future: asyncio.Future[Any]) -> None:
         """Polls for a bounded and learned time for what will make ``future`` done, as an await of :meth:`recv`
         does."""

@@ -34,7 +34,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
-#: Of the compiled modules, all but _ledger: those that know of verbs, memory or event loops.
+#: Of the compiled modules, all but _frames and _ledger: those that know of verbs, memory or event loops.
 NOT_ARITHMETIC = ("ffi", "lib", "_verbs", "_memory", "_datapath")
 
 #: Beyond the order: what a layer must not know of at all.

@@ -23,7 +23,10 @@ SOURCES = (
 
 MODULES = tuple(
     f"aiordma/_native/{name}"
-    for name in ("_datapath.abi3.so", "_ledger.abi3.so", "_verbs.abi3.so", "_memory.abi3.so", "libusroce.so")
+    for name in (
+        *("_datapath.abi3.so", "_frames.abi3.so", "_ledger.abi3.so", "_memory.abi3.so", "_verbs.abi3.so"),
+        "libusroce.so",
+    )
 )
 
 #: Those of a sanitizer run, which is not to reach compilers, and those that would show another package.

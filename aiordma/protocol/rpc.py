@@ -31,6 +31,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# The frames of most calls, each put together or taken apart in one step.
+from .._native._frames import plain_call as plain_call
+from .._native._frames import plain_call_frame as plain_call_frame
+from .._native._frames import plain_reply as plain_reply
+from .._native._frames import plain_reply_frame as plain_reply_frame
 from ..errors import MisuseError, ProtocolError
 
 HEADER = struct.Struct("!BBHI")
@@ -306,31 +311,6 @@ def decode(data: Payload) -> Frame:
     if size != HEADER.size:
         raise ProtocolError(f"RPC frame of kind {kind} with {size - HEADER.size} bytes of payload")
     return EndFrame(call_id) if kind == FrameKind.END else CancelFrame(call_id)
-
-
-def plain_reply(data: bytes) -> tuple[int, bytes] | None:
-    """Call and reply of the most frequent frame, a status OK that has nothing else; None for all others, which
-    :func:`decode` takes apart."""
-    if len(data) < STATUS_HEADER.size:
-        return None
-    kind, code, length, call_id, metadata_length = STATUS_HEADER.unpack_from(data)
-    if kind != _STATUS or code or length or metadata_length:
-        return None
-    return call_id, data[STATUS_HEADER.size :]
-
-
-def plain_call(data: bytes) -> tuple[int, str, bytes] | None:
-    """Call, method and request of a unary call that has neither timeout nor metadata; None for all other frames,
-    which :func:`decode` takes apart."""
-    if len(data) < CALL_HEADER.size:
-        return None
-    kind, variant, length, call_id, timeout, metadata_length = CALL_HEADER.unpack_from(data)
-    end = CALL_HEADER.size + length
-    if kind != _CALL or variant or timeout or metadata_length:
-        return None
-    if not 1 <= length <= MAX_METHOD or end > len(data):
-        return None
-    return call_id, _text(data[CALL_HEADER.size : end], "method"), data[end:]
 
 
 def _decode_call(data: Payload, variant: int, length: int, call_id: int) -> CallFrame:

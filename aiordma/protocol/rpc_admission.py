@@ -30,13 +30,15 @@ class Verdict(enum.Enum):
     REFUSED = "refused"
 
 
+_RUN = (Verdict.RUN, "")
+
+
 class Lane(Generic[T]):
     """The calls of one connection."""
 
-    __slots__ = ("running", "unanswered", "waiting")
+    __slots__ = ("unanswered", "waiting")
 
     def __init__(self) -> None:
-        self.running = 0  # handlers
         self.unanswered = 0  # handlers that run, and answers that have not left
         self.waiting: deque[tuple[T, int]] = deque()  # with the bytes they hold
 
@@ -67,9 +69,15 @@ class Admission(Generic[T]):
 
     def offer(self, lane: Lane[T], call: T, nbytes: int = 0) -> tuple[Verdict, str]:
         """A call has come that holds so many bytes: what becomes of it, and why it is refused."""
-        if self._has_room(lane) and not lane.waiting and not self._turn:
-            self._run(lane)
-            return Verdict.RUN, ""
+        if (
+            self.running < self.max_running
+            and lane.unanswered < self.lane_running
+            and not lane.waiting
+            and not self._turn
+        ):
+            self.running += 1
+            lane.unanswered += 1
+            return _RUN
         if len(lane.waiting) >= self.lane_waiting:
             return Verdict.REFUSED, self._refusal(lane)
         if self.waiting >= self.max_waiting:
@@ -85,28 +93,20 @@ class Admission(Generic[T]):
     def _refusal(self, lane: Lane[T]) -> str:
         return f"{lane.unanswered} calls of this connection are running, and {len(lane.waiting)} wait"
 
-    def _has_room(self, lane: Lane[T]) -> bool:
-        return self.running < self.max_running and lane.unanswered < self.lane_running
-
-    def _run(self, lane: Lane[T]) -> None:
-        self.running += 1
-        lane.running += 1
-        lane.unanswered += 1
-
     def _enrol(self, lane: Lane[T]) -> None:
         if lane.waiting and lane.unanswered < self.lane_running and lane not in self._turn:
             self._turn.append(lane)
 
-    def handler_ended(self, lane: Lane[T]) -> None:
+    def handler_ended(self) -> None:
         """A handler has ended: its place at the server is free. Call :meth:`next_call` then."""
         self.running -= 1
-        lane.running -= 1
 
     def answer_left(self, lane: Lane[T]) -> None:
         """The handler has ended and the answer has left: its place at the connection is free. Call
         :meth:`next_call` then."""
         lane.unanswered -= 1
-        self._enrol(lane)
+        if lane.waiting:
+            self._enrol(lane)
 
     def next_call(self) -> T | None:
         """A call that waited and runs now, or None when there is none or no place for it."""
@@ -117,7 +117,8 @@ class Admission(Generic[T]):
             call, nbytes = lane.waiting.popleft()
             self.waiting -= 1
             self.waiting_bytes -= nbytes
-            self._run(lane)
+            self.running += 1
+            lane.unanswered += 1
             self._enrol(lane)
             return call
         return None

@@ -15,7 +15,6 @@ but its own sender.
 
 from __future__ import annotations
 
-import enum
 from typing import Generic, TypeVar
 
 from ..errors import ProtocolError
@@ -108,24 +107,29 @@ class ReceiveWindow:
 # --- the caller's side --------------------------------------------------------------------------------
 
 
-class CallerState(enum.Enum):
-    """Of a call without a status."""
-
-    OPEN = "open"
-    ABANDONED = "abandoned"  # cancelled or timed out: what still comes is dropped
-
-
 class CallerCall(Generic[T]):
-    """A call as its client knows it; ``owner`` is whatever waits for it."""
+    """A call as its client knows it; ``owner`` is whatever waits for it. One that is ``abandoned`` was cancelled
+    or timed out, and has no status yet: what still comes is dropped."""
 
-    __slots__ = ("call_id", "kind", "owner", "receive_window", "requests_ended", "send_window", "state")
+    __slots__ = ("abandoned", "call_id", "kind", "owner", "requests_ended")
+    send_window: SendWindow | None = None
+    receive_window: ReceiveWindow | None = None
 
     def __init__(self, call_id: int, kind: CallKind, owner: T) -> None:
         self.call_id = call_id
         self.kind = kind
         self.owner = owner
-        self.state = CallerState.OPEN
+        self.abandoned = False
         self.requests_ended = not kind & 1
+
+
+class _CallerStream(CallerCall[T]):
+    """One with streams."""
+
+    __slots__ = ("receive_window", "send_window")
+
+    def __init__(self, call_id: int, kind: CallKind, owner: T) -> None:
+        super().__init__(call_id, kind, owner)
         self.send_window = SendWindow() if kind & 1 else None
         self.receive_window = ReceiveWindow() if kind & 2 else None
 
@@ -147,12 +151,13 @@ class CallerCalls(Generic[T]):
         while self._next in self._calls:
             self._next = (self._next + 1) % _IDS
         call_id, self._next = self._next, (self._next + 1) % _IDS
-        call = self._calls[call_id] = CallerCall(call_id, kind, owner)
+        call: CallerCall[T] = (_CallerStream if kind else CallerCall)(call_id, kind, owner)
+        self._calls[call_id] = call
         return call
 
     def open_calls(self) -> list[CallerCall[T]]:
         """Those that somebody waits for, in the order they began."""
-        return [call for call in self._calls.values() if call.state is CallerState.OPEN]
+        return [call for call in self._calls.values() if not call.abandoned]
 
     def forget(self, call: CallerCall[T]) -> None:
         """The call was never sent: no status will come."""
@@ -161,9 +166,9 @@ class CallerCalls(Generic[T]):
 
     def abandon(self, call: CallerCall[T]) -> bool:
         """Nobody waits any more. True when the server should be told; False when it had ended already."""
-        if self._calls.get(call.call_id) is not call or call.state is CallerState.ABANDONED:
+        if self._calls.get(call.call_id) is not call or call.abandoned:
             return False
-        call.state = CallerState.ABANDONED
+        call.abandoned = True
         self.abandoned += 1
         return True
 
@@ -171,7 +176,7 @@ class CallerCalls(Generic[T]):
         """A :func:`~aiordma.protocol.rpc.plain_reply` has come: its call, ended by it. None when that is not a
         unary call that somebody waits for: then :meth:`received` is to judge."""
         call = self._calls.get(call_id)
-        if call is None or call.kind or call.state is not CallerState.OPEN:
+        if call is None or call.kind or call.abandoned:
             return None
         del self._calls[call_id]
         return call
@@ -197,7 +202,7 @@ class CallerCalls(Generic[T]):
             call.receive_window.received(len(frame.payload))
         else:
             _grant(call.send_window, frame)
-        if call.state is CallerState.OPEN:
+        if not call.abandoned:
             return call
         if isinstance(frame, StatusFrame):
             self.abandoned -= 1
@@ -214,7 +219,9 @@ class CalleeCall(Generic[T]):
     """A call as the server knows it; ``owner`` is whatever runs it. ``deadline`` is a time of the caller of
     :meth:`CalleeCalls.received`, or None."""
 
-    __slots__ = ("call_id", "deadline", "kind", "owner", "receive_window", "requests_ended", "send_window")
+    __slots__ = ("call_id", "deadline", "kind", "owner", "requests_ended")
+    receive_window: ReceiveWindow | None = None
+    send_window: SendWindow | None = None
 
     def __init__(self, call_id: int, kind: CallKind, deadline: float | None) -> None:
         self.call_id = call_id
@@ -222,12 +229,21 @@ class CalleeCall(Generic[T]):
         self.deadline = deadline
         self.owner: T | None = None
         self.requests_ended = not kind & 1
-        self.receive_window = ReceiveWindow() if kind & 1 else None
-        self.send_window = SendWindow() if kind & 2 else None
 
     def limit(self, deadline: float) -> None:
         """The server's own deadline, where it is earlier."""
         self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
+
+
+class _CalleeStream(CalleeCall[T]):
+    """One with streams."""
+
+    __slots__ = ("receive_window", "send_window")
+
+    def __init__(self, call_id: int, kind: CallKind, deadline: float | None) -> None:
+        super().__init__(call_id, kind, deadline)
+        self.receive_window = ReceiveWindow() if kind & 1 else None
+        self.send_window = SendWindow() if kind & 2 else None
 
 
 class CalleeCalls(Generic[T]):
@@ -274,7 +290,7 @@ class CalleeCalls(Generic[T]):
         """A call has come. Raises :class:`ProtocolError` for an id in use."""
         if call_id in self._calls:
             raise ProtocolError(f"RPC call with id {call_id}, which is in use")
-        call: CalleeCall[T] = CalleeCall(call_id, kind, deadline)
+        call: CalleeCall[T] = (_CalleeStream if kind else CalleeCall)(call_id, kind, deadline)
         self._calls[call_id] = call
         return call
 

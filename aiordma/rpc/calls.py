@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_await = asyncio.Future.__await__
+
+
 def _too_late(method: str) -> RpcTimeoutError:
     return RpcTimeoutError(StatusCode.DEADLINE_EXCEEDED, "not answered in time", method=method)
 
@@ -54,7 +57,7 @@ class UnaryCall(asyncio.Future[T]):
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
             self._client._spin(self)
-        return super().__await__()
+        return _await(self)
 
     __iter__ = __await__
 
@@ -115,7 +118,8 @@ class UnaryCall(asyncio.Future[T]):
             self._fail(invalid)
             return
         if not self.done():
-            self._over()
+            if self._timer is not None:
+                self._over()
             self.set_result(reply)
 
     def _over(self) -> None:

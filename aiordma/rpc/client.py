@@ -26,6 +26,7 @@ from ..protocol.rpc import (
     check_timeout,
     decode,
     encode_metadata,
+    plain_call_frame,
     plain_reply,
 )
 from ..protocol.rpc_calls import CallerCall, CallerCalls
@@ -42,13 +43,16 @@ from .calls import (
 from .codec import COPY_LIMIT, InvalidMessage, codec_for, encode_request
 from .errors import RpcConnectionError, RpcError, RpcTimeoutError
 from .interceptors import CallDetails, ClientInterceptor, ProceedStream, ProceedUnary
-from .pacing import Sent, send_frame, slices
+from .pacing import JOIN_LIMIT, Sent, send_frame, send_whole, slices
 from .server import MAX_MESSAGE_SIZE
 
 T = TypeVar("T")
 C = TypeVar("C", bound=StreamCall[Any])
 Requests = AsyncIterable[Any] | Iterable[Any] | None
 _Owner = UnaryCall[Any] | StreamCall[Any]
+_UNARY = CallKind.UNARY  # as a module's name: those of an enumeration are slow to look up
+#: Names of methods that a client remembers.
+_NAMES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class RpcClient:
         self._interceptors = tuple(interceptors)
         self._loop = asyncio.get_running_loop()
         self._calls: CallerCalls[_Owner] = CallerCalls()
+        self._names: dict[str, bytes] = {}  # of methods, as they travel
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reader: asyncio.Task[None] | None = None
         self._closed = False
@@ -148,17 +153,14 @@ class RpcClient:
         """
         codec = codec_for(reply_type)
         if not self._interceptors:
-            call: UnaryCall[Any] = UnaryCall(self, method, codec)
-            self._begin_unary(call, request, timeout, metadata)
-            return call
+            return self._begin_unary(UnaryCall(self, method, codec), request, timeout, metadata)
         outer: InterceptedCall[Any] = InterceptedCall(self, method, codec)
         self._check_open()
 
         async def proceed(request: Any, details: CallDetails) -> Any:
             inner: UnaryCall[Any] = UnaryCall(self, details.method, codec)
             outer.inner = inner
-            self._begin_unary(inner, request, details.timeout, details.metadata)
-            return await inner
+            return await self._begin_unary(inner, request, details.timeout, details.metadata)
 
         details = CallDetails(method, CallKind.UNARY, timeout, metadata or {})
         outer.run(self._intercept(proceed)(request, details))
@@ -298,11 +300,12 @@ class RpcClient:
 
     def _begin_unary(
         self, call: UnaryCall[Any], request: Any, timeout: float | None, metadata: Metadata | None
-    ) -> None:
-        payload = self._encode(request)
-        entry = self._send_call(call, CallKind.UNARY, payload, timeout, metadata)
+    ) -> UnaryCall[Any]:
+        payload = request if request.__class__ is bytes else self._encode(request)
+        entry = self._send_call(call, _UNARY, payload, timeout, metadata)
         if entry is not None and timeout is not None:
             call._timer = self._loop.call_later(timeout, call._expired)
+        return call
 
     def _stream(
         self,
@@ -345,19 +348,27 @@ class RpcClient:
         metadata: Metadata | None,
     ) -> CallerCall[_Owner] | None:
         """Sends the call frame; None when the call has failed already."""
-        self._check_open()
-        name, microseconds = check_method(owner.method), check_timeout(timeout)
+        if self._closed or self._reader is None:
+            raise MisuseError("the RpcClient is not open: use it inside `async with RpcClient(connection)`")
+        method = owner.method
+        name = self._names.get(method) or self._name(method)
+        microseconds = 0 if timeout is None else check_timeout(timeout)
         encoded = encode_metadata(metadata) if metadata else b""
-        failure = self._refusal(owner.method, payload, timeout)
-        if failure is not None:
-            owner._fail(failure)
+        if len(payload) > self.max_message_size or (timeout is not None and timeout <= 0):
+            owner._fail(self._refusal(method, payload, timeout))
             return None
-        entry = self._calls.begin(kind, owner)
-        owner._call = entry
+        entry = owner._call = self._calls.begin(kind, owner)
+        call_id = entry.call_id
         try:
-            operation = send_frame(
-                self.connection, call_head(entry.call_id, kind, name, microseconds, encoded), payload
-            )
+            if (
+                payload.__class__ is bytes
+                and len(payload) <= JOIN_LIMIT
+                and not (kind or microseconds or encoded)
+            ):
+                operation = send_whole(self.connection, plain_call_frame(call_id, name, payload))
+            else:
+                head = call_head(call_id, kind, name, microseconds, encoded)
+                operation = send_frame(self.connection, head, payload)
         except ConnectionLostError as error:
             self._calls.forget(entry)
             owner._fail(RpcConnectionError(error, owner.method))
@@ -373,13 +384,19 @@ class RpcClient:
             owner._operation = operation
         return entry
 
-    def _refusal(self, method: str, payload: Payload, timeout: float | None) -> RpcError | None:
+    def _name(self, method: str) -> bytes:
+        """The name of a method as it travels, from now on known. Raises :class:`MisuseError`."""
+        name = check_method(method)
+        if len(self._names) >= _NAMES:
+            self._names.clear()
+        self._names[method] = name
+        return name
+
+    def _refusal(self, method: str, payload: Payload, timeout: float | None) -> RpcError:
         """Why a call is not even sent."""
         if timeout is not None and timeout <= 0:
             return RpcTimeoutError(StatusCode.DEADLINE_EXCEEDED, "not sent: no time is left", method=method)
-        if len(payload) > self.max_message_size:
-            return self._too_large("a request", payload, method)
-        return None
+        return self._too_large("a request", payload, method)
 
     def _too_large(self, what: str, payload: Payload, method: str) -> RpcError:
         details = f"{what} of {len(payload)} bytes; this client allows {self.max_message_size}"

@@ -73,6 +73,7 @@ class ServerContext:
         "_call",
         "_ended",
         "_incoming",
+        "_lined_up",
         "_metadata",
         "_method",
         "_outgoing",
@@ -102,9 +103,12 @@ class ServerContext:
         self._answer: Sent | None = None  # the status, on its way
         self._ended: RpcError | None = None  # why the call has ended while its handler runs
         self._placed = False  # holds a place of the limits
+        self._lined_up = False  # its handler is about to run
         self._trailing = b""
         self._incoming: Incoming | None = None
         self._outgoing: Outgoing | None = None
+        if not call.kind:
+            return
         if call.receive_window is not None:
             self._incoming = Incoming(serving.loop, serving.connection, call.receive_window, call.call_id)
         if call.send_window is not None:
@@ -200,7 +204,8 @@ class ServerContext:
             payload = self._method.reply.encode(reply)
         except InvalidMessage as error:
             raise InvalidReplyError(str(error)) from error
-        self._serving.check_size(payload, "a reply")
+        if len(payload) > self._serving.server.max_message_size:
+            self._serving.check_size(payload, "a reply")
         return payload
 
     # --- for the server ------------------------------------------------------------------------------

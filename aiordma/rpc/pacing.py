@@ -20,7 +20,7 @@ from .codec import COPY_LIMIT
 #: fails only together with its connection.
 Sent = asyncio.Future[Any]
 #: Payloads up to this size are joined with their head: cheaper than two parts, and sent as eager messages anyway.
-_JOIN_LIMIT = 2048
+JOIN_LIMIT = 2048
 
 
 def send_frame(connection: Connection, head: bytes, payload: Payload = b"") -> Sent:
@@ -30,13 +30,16 @@ def send_frame(connection: Connection, head: bytes, payload: Payload = b"") -> S
     :class:`~aiordma.errors.MessageTooLargeError` (the peer takes no such messages) and
     :class:`~aiordma.errors.MemoryLimitError`.
     """
-    size = len(payload)
-    if not size:
-        sent = connection.send(head)
-    elif size <= _JOIN_LIMIT:
-        sent = connection.send(b"".join((head, payload)))
-    else:
-        sent = connection.send((head, payload))
+    if not payload:
+        return send_whole(connection, head)
+    return send_whole(
+        connection, b"".join((head, payload)) if len(payload) <= JOIN_LIMIT else (head, payload)
+    )
+
+
+def send_whole(connection: Connection, frame: bytes | tuple[bytes, Payload]) -> Sent:
+    """As :func:`send_frame`, of a frame that is put together."""
+    sent = connection.send(frame)
     if not sent.done():
         sent.add_done_callback(retrieve)
     elif sent.__class__ is Operation:

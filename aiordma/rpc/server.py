@@ -167,9 +167,6 @@ class RpcServer:
         finally:
             self._serving.discard(serving)
 
-    def _accepted(self, context: ServerContext) -> None:
-        self._active[context] = None
-
     def _left(self, context: ServerContext) -> None:
         self._active.pop(context, None)
         if not self._active and self._idle is not None:

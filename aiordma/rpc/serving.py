@@ -1,8 +1,8 @@
 """The calls of one connection, at the server.
 
-One loop receives; each call runs in a task of its own. A call is answered exactly once, and at once: when its
-handler has a result, or has ended without one (from the task's done callback), or before that when it is cancelled
-or its deadline has passed.
+One loop receives; each handler runs in a task (handler_tasks.py). A call is answered exactly once, and at once:
+when its handler has a result, or has ended without one, or before that when it is cancelled or its deadline has
+passed.
 The task is cancelled then, but what a handler makes of that harms nobody's answer; it keeps its place in the
 limits until it has really ended.
 
@@ -38,6 +38,7 @@ from ..protocol.rpc import (
     WindowFrame,
     decode,
     plain_call,
+    plain_reply_frame,
     status_head,
 )
 from ..protocol.rpc_admission import Lane, Verdict
@@ -46,13 +47,17 @@ from ..transport import Connection
 from .codec import COPY_LIMIT
 from .context import InvalidReplyError, ServerContext
 from .errors import RpcError
-from .pacing import Sent, send_frame, slices
+from .handler_tasks import HandlerTask
+from .pacing import JOIN_LIMIT, Sent, send_frame, send_whole, slices
 
 if TYPE_CHECKING:
     from .server import RpcServer
 
 #: Calls of health and reflection that one connection may have running; they are not counted otherwise.
 _MAX_EXEMPT = 64
+#: As a module's names: those of an enumeration are slow to look up.
+_UNARY, _OK = CallKind.UNARY, StatusCode.OK
+_RUN, _REFUSED = Verdict.RUN, Verdict.REFUSED
 #: Why a stream of a call that ended well can be read no more; only its code and words are used.
 _ENDED = RpcError(StatusCode.CANCELLED, "the call has ended")
 
@@ -68,11 +73,13 @@ class Serving:
         self.lane: Lane[ServerContext] = Lane()
         self._calls: CalleeCalls[ServerContext] = CalleeCalls()
         self._tasks: set[asyncio.Task[Payload]] = set()
+        self._ready: HandlerTask | None = None  # runs the next handler
         self._exempt = 0
         self._breach: ProtocolError | None = None  # by the client: it is not heard any more
 
     async def run(self) -> None:
         """Serves until the connection has ended, and then sees to the handlers that still run."""
+        self._ready = HandlerTask(self.loop, self._context)
         try:
             await self.connection.consume(self._received, inline=True)
         except ConnectionClosedError:
@@ -91,7 +98,7 @@ class Serving:
         plain = None
         try:
             if len(message) <= COPY_LIMIT and (plain := plain_call(message)) is not None:
-                begun = self._calls.begin(plain[0], CallKind.UNARY, None)
+                begun = self._calls.begin(plain[0], _UNARY, None)
             else:
                 frame = decode(slices(message))
                 call = self._calls.received(frame, self.loop.time())
@@ -147,10 +154,10 @@ class Serving:
         except RpcError as error:
             self.server.refused += 1
             return self._send_status(call, error.code, error.details, b"", b"")
-        self.server._accepted(context)
-        longest = self.server.max_call_time
-        if longest is not None:
-            call.limit(self.loop.time() + longest)
+        server = self.server
+        server._active[context] = None
+        if server.max_call_time is not None:
+            call.limit(self.loop.time() + server.max_call_time)
         if call.deadline is not None:
             context._timer = self.loop.call_at(call.deadline, self._expired, context)
         return None
@@ -168,7 +175,8 @@ class Serving:
                 StatusCode.UNIMPLEMENTED,
                 f"{name!r} is {method.kind.name}, and was called as {call.kind.name}",
             )
-        self.check_size(payload, "a request")
+        if len(payload) > server.max_message_size:
+            self.check_size(payload, "a request")
         context = ServerContext(self, call, method, payload, metadata)
         if method.exempt:
             if self._exempt >= _MAX_EXEMPT:
@@ -178,53 +186,82 @@ class Serving:
         if server.draining:
             raise RpcError(StatusCode.UNAVAILABLE, "the server is shutting down")
         verdict, reason = server.admission.offer(self.lane, context, len(payload))
-        if verdict is Verdict.REFUSED:
+        if verdict is _REFUSED:
             raise RpcError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: {reason}")
-        if verdict is Verdict.RUN:
+        if verdict is _RUN:
             self.start(context)
         return context
 
     def start(self, context: ServerContext) -> None:
-        """Runs the handler in a task. The call has its place in the limits, or needs none."""
-        method = context._method
-        if method.exempt:
+        """Has the handler run. The call has its place in the limits, or needs none."""
+        if context._method.exempt:
             self._exempt += 1
         else:
             context._placed = True
-        handler = self.server.handler(method)
-        task = self.loop.create_task(
-            context._run(handler),
-            name=method.task_name,
-            context=self._context.copy(),
-        )
+        context._lined_up = True
+        self.connection.soon(partial(self._run, context))
+
+    def _run(self, context: ServerContext) -> None:
+        """Runs the handler: its first step, and the rest in its task."""
+        context._lined_up = False
+        if context._ended is not None:  # stopped before it began
+            self._ended(context, asyncio.CancelledError(), b"")
+            return
+        method, ready = context._method, self._ready
+        coroutine = context._run(self.server.handler(method))
+        if ready is None or not ready.waiting:
+            task = self.loop.create_task(coroutine, name=method.task_name, context=self._context.copy())
+            self._go_on(context, task)
+            return
+        context._task = ready.task
+        payload, error = None, None
+        try:
+            payload = ready.start(coroutine, method.task_name)
+        except BaseException as raised:
+            error = raised
+        if not ready.waiting:
+            self._ready = HandlerTask(self.loop, self._context)
+        if payload is None and error is None:
+            self._go_on(context, ready.task)
+            return
+        context._task = None
+        self._ended(context, error, payload or b"")
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            raise error
+
+    def _go_on(self, context: ServerContext, task: asyncio.Task[Payload]) -> None:
         context._task = task
         self._tasks.add(task)
-        task.add_done_callback(partial(self._ended, context))
+        task.add_done_callback(partial(self._task_ended, context))
 
     # --- a call ends ---------------------------------------------------------------------------------
 
-    def _ended(self, context: ServerContext, task: asyncio.Task[Payload]) -> None:
-        """The handler has ended. A callback: no cancellation can come between it and its answer."""
+    def _task_ended(self, context: ServerContext, task: asyncio.Task[Payload]) -> None:
+        """A callback: no cancellation can come between the end of the handler and its answer."""
         self._tasks.discard(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self._ended(context, error, task.result() if error is None else b"")
+
+    def _ended(self, context: ServerContext, raised: BaseException | None, payload: Payload) -> None:
+        """The handler has ended, with a result or an exception."""
         if context._method.exempt:
             self._exempt -= 1
         else:
-            self.server.admission.handler_ended(self.lane)
+            self.server.admission.handler_ended()
         if context._ended is not _ENDED:
-            error = self._error(context, task)
+            error = self._error(context, raised)
             if context._ended is None:
-                self.answer(context, error, task.result() if error is None else b"")
+                self.answer(context, error, payload)
         self._leave_when_answered(context)
         if self.server.admission.waiting:
             self.server._start_waiting()
 
-    def _error(self, context: ServerContext, task: asyncio.Task[Payload]) -> RpcError | None:
+    def _error(self, context: ServerContext, error: BaseException | None) -> RpcError | None:
         """Why the call has no result; reports what nobody foresaw."""
-        if task.cancelled():
-            return RpcError(StatusCode.CANCELLED, "the handler was cancelled")
-        error = task.exception()
         if error is None:
             return None
+        if isinstance(error, asyncio.CancelledError):
+            return RpcError(StatusCode.CANCELLED, "the handler was cancelled")
         # An RpcError with a method is another server's answer, which was not meant for this caller.
         if isinstance(error, RpcError) and error.method is None:
             if isinstance(error, InvalidReplyError):
@@ -257,7 +294,7 @@ class Serving:
             self.answer(context, error, b"")
         if context._task is not None:
             context._task.cancel()
-        else:
+        elif not context._lined_up:
             self.server.admission.withdraw(self.lane, context)
             self._leave_when_answered(context)
 
@@ -265,7 +302,7 @@ class Serving:
         """The answer to a call that had none before: what its handler has returned, or why it has not."""
         call = context._call
         if error is None:
-            code, details, error = StatusCode.OK, "", _ENDED
+            code, details, error = _OK, "", _ENDED
         else:
             code, details = error.code, error.details
         context._close(error)
@@ -282,10 +319,12 @@ class Serving:
         if not self._calls.answer(call):
             return None
         self.server._codes[code] += 1
-        if self.connection.is_closing():
-            return None
         try:
+            if code is _OK and not trailing and payload.__class__ is bytes and len(payload) <= JOIN_LIMIT:
+                return send_whole(self.connection, plain_reply_frame(call.call_id, payload))
             sent = send_frame(self.connection, status_head(call.call_id, code, details, trailing), payload)
+        except ConnectionLostError:
+            return None
         except (MessageTooLargeError, MemoryLimitError) as error:
             return self._reply_failed(call, error)
         if isinstance(sent, LargeSend):
@@ -332,9 +371,11 @@ class Serving:
                 self.stop(call.owner, lost)
         for task in self._tasks:
             task.cancel()
-        if not self._tasks:
-            return
+        if self._ready is not None:
+            self._ready.close()
+            self._tasks.add(self._ready.task)
+            self._ready = None
         try:
             await asyncio.wait(self._tasks, timeout=self.server.cancel_grace)
         finally:
-            self.server._report_stubborn(self._tasks)
+            self.server._report_stubborn({task for task in self._tasks if not task.done()})

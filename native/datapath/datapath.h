@@ -97,7 +97,7 @@ typedef struct {
     char turn_marked, dispatching;
     PyObject *loop;
     PyObject *done; /* a future that is: of what needs no waiting */
-    struct objects to_wake; /* Waits that are over, whose tasks have not run */
+    struct objects to_wake; /* Waits that are over, whose tasks have not run, and what soon() was given */
     char waking;            /* a callback of the loop is going to call them, or does */
     char wake_due;          /* the loop was asked for such a callback */
     /* spin.c */
@@ -162,6 +162,7 @@ PyObject *wait_item(const Wait *wait);     /* what it has got, borrowed, or NULL
 bool wait_has_task(const Wait *wait);      /* a task is to be woken */
 PySendResult wait_send(PyObject *wait, PyObject *unused, PyObject **value);
 PyObject *sent_as_iterator(PySendResult sent, PyObject *value); /* steals the value; what tp_iternext returns */
+int table_line_up(Table *table, PyObject *object); /* a Wait, or a callable: it is called by table_wake() */
 void table_wake(Table *table);             /* calls those in line; only from a callback of the loop */
 
 void resumed_prefetch(const struct resumed *resumed);

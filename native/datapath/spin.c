@@ -151,7 +151,7 @@ static bool others_ready(const Table *table)
 {
     Py_ssize_t ready;
 
-    if (table->woken)
+    if (table->woken || table->to_wake.count)
         return true;
     if (!table->ready)
         return false;

@@ -255,6 +255,13 @@ static PyObject *wake(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *soon(PyObject *self, PyObject *callback)
+{
+    if (table_line_up((Table *)self, callback))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* Of an object with a method done(); one that raises counts as done, and raises again where it is awaited. */
 bool says_done(PyObject *what)
 {
@@ -413,6 +420,9 @@ static PyMethodDef table_methods[] = {
      "serve(cq, spin_ns): the same, for up to so long until something is there; then runs those who waited for it.\n"
      "Only a callback of the loop may do this."},
     {"wake", wake, METH_NOARGS, "Runs those whose wait is over. Only a callback of the loop may do this."},
+    {"soon", soon, METH_O,
+     "Has callback() called after those: by the callback of the loop that polls just now, or by one of its own, and\n"
+     "never inside a task. What it raises is reported."},
     {"spin", spin, METH_VARARGS,
      "spin(what, cq, governor, once): polls inside an await, once, and then until what.done() or the time is up:\n"
      "governor sets the time and learns from the outcome, None is the cap, once ends there. Calls\n"

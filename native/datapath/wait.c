@@ -3,7 +3,8 @@
  * A future has the loop call each waiter back in a callback of its own. Here those that have got something line up in
  * the table, and are called one after the other: by the callback of the loop that polled, or by one that was asked for
  * once. So a batch of messages costs the loop one callback, and a message found by the loop none. It is never a task
- * that calls them, for tasks cannot run inside another; what an await finds while they are called joins the line. */
+ * that calls them, for tasks cannot run inside another; what an await finds while they are called joins the line.
+ * Others, who would run a task, can have a callback of theirs in it (soon()). */
 #include "datapath.h"
 
 enum wait_state { WAIT_WAITS, WAIT_DONE, WAIT_FAILED, WAIT_CANCELLED };
@@ -29,21 +30,22 @@ static int ask_loop(Table *table)
     return 0;
 }
 
-static int line_up(Wait *wait)
+int table_line_up(Table *table, PyObject *object)
 {
-    Table *table = wait->table;
-
-    if (!wait->callback)
-        return 0;
     table->handed_out++;
-    if (objects_append(&table->to_wake, (PyObject *)wait))
+    if (objects_append(&table->to_wake, object))
         return -1;
     return table->waking ? 0 : ask_loop(table);
 }
 
+static int line_up(Wait *wait)
+{
+    return wait->callback ? table_line_up(wait->table, (PyObject *)wait) : 0;
+}
+
 /* A task that has got something is told so by a future that is done, and asks for it where it awaits. So the wait is
  * not held here meanwhile, and can be used again. Takes the reference. */
-static void call_back(Table *table, Wait *wait)
+static void wake_task(Table *table, Wait *wait)
 {
     PyObject *callback = wait->callback, *context = wait->context, *result;
     PyObject *future = wait->state == WAIT_DONE ? Py_NewRef(table->done) : Py_NewRef((PyObject *)wait);
@@ -59,12 +61,27 @@ static void call_back(Table *table, Wait *wait)
     Py_DECREF(context);
 }
 
+/* Takes the reference. */
+static void call(Table *table, PyObject *callable)
+{
+    PyObject *result = PyObject_CallNoArgs(callable);
+
+    if (!result)
+        table_unraisable(table);
+    Py_XDECREF(result);
+    Py_DECREF(callable);
+}
+
 void table_wake(Table *table)
 {
-    PyObject *wait;
+    PyObject *object;
 
-    for (int i = 0; i < TURN_WAKES && (wait = objects_pop(&table->to_wake)); i++)
-        call_back(table, (Wait *)wait);
+    for (int i = 0; i < TURN_WAKES && (object = objects_pop(&table->to_wake)); i++) {
+        if (Py_TYPE(object) == wait_type)
+            wake_task(table, (Wait *)object);
+        else
+            call(table, object);
+    }
     if (table->to_wake.count && ask_loop(table))
         table_unraisable(table);
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextvars
+from collections.abc import AsyncIterator, Callable
 from random import Random
 from typing import Any
 
 import pytest
+import uvloop
 
 import aiordma
 from aiordma import Config, Connection
@@ -594,7 +596,8 @@ async def test_a_status_that_nobody_knows() -> None:
 
 async def test_a_cancel_before_the_first_step_and_one_too_late_are_answered_once() -> None:
     """Call and cancel may arrive together: the handler then never starts, and its caller still hears of it."""
-    async with connected(RpcServer(service(echo=echo))) as connection:
+    server = RpcServer(service(echo=echo))
+    async with connected(server) as connection:
         for call_id in range(3):
             operations = [
                 connection.send(encode(CallFrame(call_id, "echo"))),
@@ -608,6 +611,61 @@ async def test_a_cancel_before_the_first_step_and_one_too_late_are_answered_once
             assert answer.code in (StatusCode.OK, StatusCode.CANCELLED)
         await connection.send(encode(CallFrame(3, "echo", payload=b"last")))
         assert decode(await connection.recv()) == StatusFrame(3, 0, "", b"last")
+        await eventually(lambda: server.statistics().unanswered == 0)
+        assert server.statistics().running == 0
+
+
+async def test_each_handler_has_a_task_and_variables_of_its_own() -> None:
+    """Those that are done at once and those that are not, mixed."""
+    variable = contextvars.ContextVar[bytes | None]("variable", default=None)
+    alive: set[asyncio.Task[Any] | None] = set()
+
+    async def look(payload: bytes, context: ServerContext) -> bytes:
+        task = asyncio.current_task()
+        assert task is not None
+        assert task not in alive
+        assert task.get_name() == "aiordma RPC look"
+        assert variable.get() is None
+        if payload.startswith(b"set"):
+            variable.set(payload)
+        if payload.endswith(b"wait"):
+            alive.add(task)
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert asyncio.current_task() is task
+            alive.remove(task)
+        assert variable.get() == (payload if payload.startswith(b"set") else None)
+        return payload
+
+    kinds = [b"plain", b"set", b"wait", b"set, wait"]
+    async with calling(service(look=look)) as client:
+        calls = [client.unary("look", kinds[i % 4]) for i in range(100)]
+        assert await asyncio.gather(*calls) == kinds * 25
+
+
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+def test_what_a_handler_raises_to_end_the_program_reaches_the_loop(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """And its caller gets an answer, should the program go on."""
+
+    async def leave(payload: bytes, context: ServerContext) -> bytes:
+        raise SystemExit(payload.decode())
+
+    async def call() -> None:
+        async with calling(service(leave=leave)) as client:
+            ended.append(await outcome(client, "leave", request=b"enough"))
+
+    ended: list[Any] = []
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        loop = runner.get_loop()
+        task = loop.create_task(call())
+        with pytest.raises(SystemExit, match="enough"):
+            loop.run_until_complete(task)
+        loop.run_until_complete(task)
+    assert ended == [(StatusCode.UNKNOWN, "the handler raised SystemExit")]
 
 
 @pytest.mark.parametrize("mode", ["busy", "adaptive"])

@@ -100,6 +100,31 @@ async def test_a_deadline_that_passes_in_the_queue() -> None:
         assert codes in ({"OK": 1, "DEADLINE_EXCEEDED": 1}, {"OK": 1, "CANCELLED": 1})
 
 
+async def test_a_call_that_is_stopped_when_its_turn_has_come_does_not_run() -> None:
+    gate = Gate()
+    server = RpcServer(service(wait=gate), max_concurrent=1)
+    async with calling(server) as client:
+        first, second = client.unary("wait", b"1"), client.unary("wait", b"2")
+        await gate.entered.acquire()
+        await eventually(lambda: server.statistics().waiting == 1)
+        running, waiting = server._active
+
+        def stop(_: object) -> None:
+            assert waiting._lined_up
+            waiting._serving.stop(waiting, RpcError(StatusCode.ABORTED, "stopped"))
+
+        assert running._task is not None
+        running._task.add_done_callback(stop)  # behind the server's own, which starts the next
+        gate.open.set()
+        assert await first == b"1"
+        with pytest.raises(RpcError, match="ABORTED: stopped"):
+            await second
+        await eventually(lambda: server.statistics().unanswered == 0)
+        assert server.statistics().running == 0
+        assert len(gate.contexts) == 1
+        assert await client.unary("wait", b"3") == b"3"
+
+
 async def test_a_handler_that_ignores_its_deadline() -> None:
     stubborn = Stubborn()
     server = RpcServer(service(wait=stubborn, echo=echo), max_concurrent=2)

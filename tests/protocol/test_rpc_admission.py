@@ -33,7 +33,7 @@ def test_run_wait_refuse() -> None:
     assert verdict is Verdict.REFUSED
     assert reason == "1 calls of this connection are running, and 1 wait"
     assert limits.next_call() is None
-    limits.handler_ended(lane)
+    limits.handler_ended()
     assert limits.next_call() is None  # the answer of a has not left
     limits.answer_left(lane)
     assert limits.next_call() == "b"
@@ -50,7 +50,7 @@ def test_connections_are_served_in_turn() -> None:
     order = []
     lane = many
     for _ in range(4):
-        limits.handler_ended(lane)
+        limits.handler_ended()
         limits.answer_left(lane)
         order.append(call := limits.next_call())
         lane = few if call.startswith("few") else many
@@ -64,7 +64,7 @@ def test_the_limit_of_a_connection_holds_up_itself_only() -> None:
     assert limits.offer(slow, "b")[0] is Verdict.WAIT
     assert limits.offer(slow, "c")[0] is Verdict.REFUSED
     assert limits.offer(other, "d")[0] is Verdict.RUN
-    limits.handler_ended(slow)  # but nobody reads the answer
+    limits.handler_ended()  # but nobody reads the answer
     assert limits.next_call() is None
     assert limits.offer(Lane(), "e")[0] is Verdict.RUN
 
@@ -79,7 +79,7 @@ def test_withdrawing_and_closing() -> None:
     assert not limits.withdraw(lane, "b")
     limits.close(lane)
     assert limits.waiting == 1
-    limits.handler_ended(lane)
+    limits.handler_ended()
     assert limits.next_call() == "d"
 
 
@@ -142,7 +142,7 @@ class Model(RuleBasedStateMachine):
         call = data.draw(st.sampled_from(self.running))
         self.running.remove(call)
         self.answering.append(call)
-        self.limits.handler_ended(self.owner[call])
+        self.limits.handler_ended()
         self.start_waiting()
 
     @precondition(lambda self: self.answering)
