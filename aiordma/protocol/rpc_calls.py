@@ -15,7 +15,7 @@ but its own sender.
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..errors import ProtocolError
 from .rpc import (
@@ -107,81 +107,74 @@ class ReceiveWindow:
 # --- the caller's side --------------------------------------------------------------------------------
 
 
-class CallerCall(Generic[T]):
-    """A call as its client knows it; ``owner`` is whatever waits for it. One that is ``abandoned`` was cancelled
-    or timed out, and has no status yet: what still comes is dropped."""
+class CallerCall(Protocol):
+    """A call as its client knows it: whatever waits for it has these. ``kind`` is there from the beginning; the
+    rest is for :class:`CallerCalls`. One that is ``abandoned`` was cancelled or timed out, and has no status yet:
+    what still comes is dropped."""
 
-    __slots__ = ("abandoned", "call_id", "kind", "owner", "requests_ended")
-    send_window: SendWindow | None = None
-    receive_window: ReceiveWindow | None = None
-
-    def __init__(self, call_id: int, kind: CallKind, owner: T) -> None:
-        self.call_id = call_id
-        self.kind = kind
-        self.owner = owner
-        self.abandoned = False
-        self.requests_ended = not kind & 1
-
-
-class _CallerStream(CallerCall[T]):
-    """One with streams."""
-
-    __slots__ = ("receive_window", "send_window")
-
-    def __init__(self, call_id: int, kind: CallKind, owner: T) -> None:
-        super().__init__(call_id, kind, owner)
-        self.send_window = SendWindow() if kind & 1 else None
-        self.receive_window = ReceiveWindow() if kind & 2 else None
+    kind: CallKind
+    call_id: int
+    abandoned: bool
+    requests_ended: (
+        bool  # from here on those that have streams; the others need no more than True, None, None
+    )
+    send_window: SendWindow | None
+    receive_window: ReceiveWindow | None
 
 
-class CallerCalls(Generic[T]):
-    """The calls of a client. An id is free again only when the call's status has come."""
+C = TypeVar("C", bound=CallerCall)
+
+
+class CallerCalls(Generic[C]):
+    """The calls of a client. An id is free again only when the call's status has come. ``pending`` are those
+    without one, abandoned ones included."""
 
     def __init__(self, first_id: int = 1) -> None:
         self._next = first_id % _IDS
-        self._calls: dict[int, CallerCall[T]] = {}
+        self.pending: dict[int, C] = {}
         self.abandoned = 0
 
-    def __len__(self) -> int:
-        """Calls without a status, abandoned ones included."""
-        return len(self._calls)
-
-    def begin(self, kind: CallKind, owner: T) -> CallerCall[T]:
+    def begin(self, call: C) -> int:
         """A fresh id for a call that is about to be sent."""
-        while self._next in self._calls:
+        while self._next in self.pending:
             self._next = (self._next + 1) % _IDS
         call_id, self._next = self._next, (self._next + 1) % _IDS
-        call: CallerCall[T] = (_CallerStream if kind else CallerCall)(call_id, kind, owner)
-        self._calls[call_id] = call
-        return call
+        call.call_id = call_id
+        call.abandoned = False
+        if kind := call.kind:
+            call.requests_ended = not kind & 1
+            call.send_window = SendWindow() if kind & 1 else None
+            call.receive_window = ReceiveWindow() if kind & 2 else None
+        self.pending[call_id] = call
+        return call_id
 
-    def open_calls(self) -> list[CallerCall[T]]:
+    def open_calls(self) -> list[C]:
         """Those that somebody waits for, in the order they began."""
-        return [call for call in self._calls.values() if not call.abandoned]
+        return [call for call in self.pending.values() if not call.abandoned]
 
-    def forget(self, call: CallerCall[T]) -> None:
+    def forget(self, call: C) -> None:
         """The call was never sent: no status will come."""
-        if self._calls.get(call.call_id) is call:
-            del self._calls[call.call_id]
+        if self.pending.get(call.call_id) is call:
+            del self.pending[call.call_id]
 
-    def abandon(self, call: CallerCall[T]) -> bool:
+    def abandon(self, call: C) -> bool:
         """Nobody waits any more. True when the server should be told; False when it had ended already."""
-        if self._calls.get(call.call_id) is not call or call.abandoned:
+        if self.pending.get(call.call_id) is not call or call.abandoned:
             return False
         call.abandoned = True
         self.abandoned += 1
         return True
 
-    def replied(self, call_id: int) -> CallerCall[T] | None:
+    def replied(self, call_id: int) -> C | None:
         """A :func:`~aiordma.protocol.rpc.plain_reply` has come: its call, ended by it. None when that is not a
         unary call that somebody waits for: then :meth:`received` is to judge."""
-        call = self._calls.get(call_id)
+        call = self.pending.get(call_id)
         if call is None or call.kind or call.abandoned:
             return None
-        del self._calls[call_id]
+        del self.pending[call_id]
         return call
 
-    def received(self, frame: Frame) -> CallerCall[T] | None:
+    def received(self, frame: Frame) -> C | None:
         """Takes a frame of the server: returns its call, or None when it is to be dropped.
 
         Raises :class:`ProtocolError` for a frame that only clients send, of a call that was not made or has
@@ -189,11 +182,11 @@ class CallerCalls(Generic[T]):
         """
         if not isinstance(frame, StatusFrame | MessageFrame | WindowFrame):
             raise ProtocolError(f"RPC server sent a {type(frame).__name__}, which only clients send")
-        call = self._calls.get(frame.call_id)
+        call = self.pending.get(frame.call_id)
         if call is None:
             raise ProtocolError(f"RPC frame of call {frame.call_id}, which was not made or has ended")
         if isinstance(frame, StatusFrame):
-            del self._calls[frame.call_id]
+            del self.pending[frame.call_id]
             if call.kind & 2 and len(frame.payload):
                 raise ProtocolError("RPC status with a payload, of a call with a stream of replies")
         elif isinstance(frame, MessageFrame):

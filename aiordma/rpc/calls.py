@@ -8,14 +8,15 @@ iterator that was given, and where interceptors wrap a unary call.
 from __future__ import annotations
 
 import asyncio
+import types
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..errors import MisuseError
 from ..protocol.rpc import CallKind, Metadata, Payload, StatusCode, StatusFrame, end_frame
-from ..protocol.rpc_calls import CallerCall
-from .codec import Codec, InvalidMessage
+from ..protocol.rpc_calls import ReceiveWindow, SendWindow
+from .codec import BYTES, Codec, InvalidMessage
 from .context import EOF, EndOfStream, InvalidReplyError
 from .errors import RpcError, RpcTimeoutError, status_error
 from .pacing import Incoming, Outgoing, Sent, retrieve, send_frame
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-_await = asyncio.Future.__await__
+_init, _await = asyncio.Future.__init__, asyncio.Future.__await__
+_NO_METADATA: Metadata = types.MappingProxyType({})
 
 
 def _too_late(method: str) -> RpcTimeoutError:
@@ -40,23 +42,39 @@ class UnaryCall(asyncio.Future[T]):
     call that was not sent yet never is.
     """
 
-    __slots__ = ("_call", "_client", "_codec", "_operation", "_timer", "_trailing", "method")
+    __slots__ = (
+        "_client",
+        "_codec",
+        "_operation",
+        "_timer",
+        "_trailing",
+        "abandoned",
+        "call_id",
+        "method",
+    )
+    kind = CallKind.UNARY
+    requests_ended = True
+    send_window: SendWindow | None = None
+    receive_window: ReceiveWindow | None = None
+    abandoned: bool
 
     def __init__(self, client: RpcClient, method: str, codec: Codec) -> None:
-        super().__init__(loop=client._loop)
+        _init(self, loop=client._loop)
         self.method = method
+        self.call_id = -1  # until it is sent
         self._client = client
         self._codec = codec
-        self._call: CallerCall[Any] | None = None
         self._operation: Sent | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._trailing: Metadata = {}
+        self._trailing = _NO_METADATA
 
     # --- for the caller ------------------------------------------------------------------------------
 
     def __await__(self) -> Generator[Any, None, T]:
-        if not self.done():
-            self._client._spin(self)
+        client = self._client
+        # The reply may come faster than the event loop turns. With several under way it completes them together.
+        if len(client._calls.pending) == 1 and not self.done():
+            client.connection.spin(self)
         return _await(self)
 
     __iter__ = __await__
@@ -86,7 +104,7 @@ class UnaryCall(asyncio.Future[T]):
         if not super().cancel(msg):
             return False
         self._over()
-        self._client._abandon(self._call, self._operation)
+        self._client._abandon(self, self._operation)
         return True
 
     # --- for the client ------------------------------------------------------------------------------
@@ -100,7 +118,7 @@ class UnaryCall(asyncio.Future[T]):
     def _expired(self) -> None:
         self._timer = None
         self._fail(_too_late(self.method))
-        self._client._abandon(self._call, self._operation)
+        self._client._abandon(self, self._operation)
 
     def _status(self, frame: StatusFrame) -> None:
         self._trailing = frame.metadata
@@ -111,7 +129,7 @@ class UnaryCall(asyncio.Future[T]):
 
     def _reply(self, payload: Payload) -> None:
         try:
-            reply = self._codec.decode(payload)
+            reply: Any = payload if self._codec is BYTES else self._codec.decode(payload)
         except InvalidMessage as error:
             invalid = InvalidReplyError(str(error), method=self.method)
             invalid.__cause__ = error
@@ -179,7 +197,11 @@ class StreamCall(Generic[T]):
         self._client = client
         self._loop = client._loop
         self._codec = codec
-        self._call: CallerCall[Any] | None = None
+        self.call_id = -1  # until it is sent
+        self.abandoned = False
+        self.requests_ended = False
+        self.send_window: SendWindow | None = None
+        self.receive_window: ReceiveWindow | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._feeder: asyncio.Task[None] | None = None
         self._incoming: Incoming | None = None
@@ -239,14 +261,13 @@ class StreamCall(Generic[T]):
 
     # --- for the client ------------------------------------------------------------------------------
 
-    def _begin(self, call: CallerCall[Any]) -> None:
-        self._call = call
+    def _begin(self) -> None:
         connection = self._client.connection
-        if call.receive_window is not None:
-            self._incoming = Incoming(self._loop, connection, call.receive_window, call.call_id)
-        if call.send_window is not None:
-            self._outgoing = Outgoing(self._loop, connection, call.send_window, call.call_id)
-        if not call.kind & 2:
+        if self.receive_window is not None:
+            self._incoming = Incoming(self._loop, connection, self.receive_window, self.call_id)
+        if self.send_window is not None:
+            self._outgoing = Outgoing(self._loop, connection, self.send_window, self.call_id)
+        if not self.kind & 2:
             self._reply = self._loop.create_future()
 
     def _feed(self, requests: AsyncIterable[Any] | Iterable[Any]) -> None:
@@ -273,7 +294,7 @@ class StreamCall(Generic[T]):
 
     async def _write(self, request: Any) -> None:
         assert self._outgoing is not None
-        if self._call is not None and self._call.requests_ended:
+        if self.requests_ended:
             raise MisuseError(f"{self.method}: done_writing() was called")
         payload = self._client._encode(request)
         if len(payload) > self._client.max_message_size:
@@ -281,12 +302,11 @@ class StreamCall(Generic[T]):
         await self._outgoing.send(payload)
 
     def _end_requests(self) -> None:
-        call = self._call
-        if call is None or call.requests_ended or self.done():
+        if self.call_id < 0 or self.requests_ended or self.done():
             return
-        call.requests_ended = True
+        self.requests_ended = True
         if not self._client.connection.is_closing():
-            send_frame(self._client.connection, end_frame(call.call_id))
+            send_frame(self._client.connection, end_frame(self.call_id))
 
     def _message(self, payload: Payload) -> None:
         assert self._incoming is not None
@@ -321,7 +341,7 @@ class StreamCall(Generic[T]):
         """Ends the call from here."""
         if not self.done():
             self._fail(error)
-            self._client._abandon(self._call, None)
+            self._client._abandon(self, None)
 
     def _fail(self, error: RpcError, *, drop: bool = True) -> None:
         if self.done():

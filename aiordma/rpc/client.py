@@ -29,7 +29,7 @@ from ..protocol.rpc import (
     plain_call_frame,
     plain_reply,
 )
-from ..protocol.rpc_calls import CallerCall, CallerCalls
+from ..protocol.rpc_calls import CallerCalls
 from ..transport import Connection
 from .builtin import HEALTH, Health, HealthReply, HealthRequest
 from .calls import (
@@ -49,8 +49,7 @@ from .server import MAX_MESSAGE_SIZE
 T = TypeVar("T")
 C = TypeVar("C", bound=StreamCall[Any])
 Requests = AsyncIterable[Any] | Iterable[Any] | None
-_Owner = UnaryCall[Any] | StreamCall[Any]
-_UNARY = CallKind.UNARY  # as a module's name: those of an enumeration are slow to look up
+_Call = UnaryCall[Any] | StreamCall[Any]
 #: Names of methods that a client remembers.
 _NAMES = 1024
 
@@ -93,7 +92,7 @@ class RpcClient:
         self._plain = min(COPY_LIMIT, max_message_size)  # replies up to this are copied, and allowed
         self._interceptors = tuple(interceptors)
         self._loop = asyncio.get_running_loop()
-        self._calls: CallerCalls[_Owner] = CallerCalls()
+        self._calls: CallerCalls[_Call] = CallerCalls()
         self._names: dict[str, bytes] = {}  # of methods, as they travel
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reader: asyncio.Task[None] | None = None
@@ -153,14 +152,17 @@ class RpcClient:
         """
         codec = codec_for(reply_type)
         if not self._interceptors:
-            return self._begin_unary(UnaryCall(self, method, codec), request, timeout, metadata)
+            call: UnaryCall[Any] = UnaryCall(self, method, codec)
+            self._send_call(call, self._encode(request), timeout, metadata)
+            return call
         outer: InterceptedCall[Any] = InterceptedCall(self, method, codec)
         self._check_open()
 
         async def proceed(request: Any, details: CallDetails) -> Any:
             inner: UnaryCall[Any] = UnaryCall(self, details.method, codec)
             outer.inner = inner
-            return await self._begin_unary(inner, request, details.timeout, details.metadata)
+            self._send_call(inner, self._encode(request), details.timeout, details.metadata)
+            return await inner
 
         details = CallDetails(method, CallKind.UNARY, timeout, metadata or {})
         outer.run(self._intercept(proceed)(request, details))
@@ -294,18 +296,9 @@ class RpcClient:
     def _encode(self, request: Any) -> Payload:
         """Raises :class:`MisuseError`."""
         try:
-            return encode_request(request)
+            return request if request.__class__ is bytes else encode_request(request)
         except InvalidMessage as error:
             raise MisuseError(f"the request is not valid: {error}") from error
-
-    def _begin_unary(
-        self, call: UnaryCall[Any], request: Any, timeout: float | None, metadata: Metadata | None
-    ) -> UnaryCall[Any]:
-        payload = request if request.__class__ is bytes else self._encode(request)
-        entry = self._send_call(call, _UNARY, payload, timeout, metadata)
-        if entry is not None and timeout is not None:
-            call._timer = self._loop.call_later(timeout, call._expired)
-        return call
 
     def _stream(
         self,
@@ -320,11 +313,8 @@ class RpcClient:
 
         def begin(details: CallDetails) -> StreamCall[Any]:
             call = cls(self, details.method, details.kind, codec_for(reply_type))
-            entry = self._send_call(call, details.kind, payload, details.timeout, details.metadata)
-            if entry is not None:
-                call._begin(entry)
-                if details.timeout is not None:
-                    call._timer = self._loop.call_later(details.timeout, call._expired)
+            if self._send_call(call, payload, details.timeout, details.metadata):
+                call._begin()
                 if requests is not None:
                     call._feed(requests)
             return call
@@ -341,24 +331,25 @@ class RpcClient:
 
     def _send_call(
         self,
-        owner: _Owner,
-        kind: CallKind,
+        call: _Call,
         payload: Payload,
         timeout: float | None,
         metadata: Metadata | None,
-    ) -> CallerCall[_Owner] | None:
-        """Sends the call frame; None when the call has failed already."""
+    ) -> bool:
+        """Sends the call frame; False when the call has failed already."""
         if self._closed or self._reader is None:
             raise MisuseError("the RpcClient is not open: use it inside `async with RpcClient(connection)`")
-        method = owner.method
-        name = self._names.get(method) or self._name(method)
+        method = call.method
+        try:
+            name = self._names[method]
+        except (KeyError, TypeError):
+            name = self._name(method)
         microseconds = 0 if timeout is None else check_timeout(timeout)
         encoded = encode_metadata(metadata) if metadata else b""
         if len(payload) > self.max_message_size or (timeout is not None and timeout <= 0):
-            owner._fail(self._refusal(method, payload, timeout))
-            return None
-        entry = owner._call = self._calls.begin(kind, owner)
-        call_id = entry.call_id
+            call._fail(self._refusal(method, payload, timeout))
+            return False
+        kind, call_id = call.kind, self._calls.begin(call)
         try:
             if (
                 payload.__class__ is bytes
@@ -370,19 +361,21 @@ class RpcClient:
                 head = call_head(call_id, kind, name, microseconds, encoded)
                 operation = send_frame(self.connection, head, payload)
         except ConnectionLostError as error:
-            self._calls.forget(entry)
-            owner._fail(RpcConnectionError(error, owner.method))
-            return None
+            self._calls.forget(call)
+            call._fail(RpcConnectionError(error, call.method))
+            return False
         except RdmaError as error:
-            self._calls.forget(entry)
-            owner._fail(self._not_sent(error, owner.method))
-            return None
+            self._calls.forget(call)
+            call._fail(self._not_sent(error, call.method))
+            return False
         self._made += 1
         if isinstance(operation, LargeSend):
-            operation.add_done_callback(lambda sent: self._large_ended(entry, sent))
-        if isinstance(owner, UnaryCall):
-            owner._operation = operation
-        return entry
+            operation.add_done_callback(lambda sent: self._large_ended(call, sent))
+        if isinstance(call, UnaryCall):
+            call._operation = operation
+        if timeout is not None:
+            call._timer = self._loop.call_later(timeout, call._expired)
+        return True
 
     def _name(self, method: str) -> bytes:
         """The name of a method as it travels, from now on known. Raises :class:`MisuseError`."""
@@ -402,11 +395,11 @@ class RpcClient:
         details = f"{what} of {len(payload)} bytes; this client allows {self.max_message_size}"
         return RpcError(StatusCode.RESOURCE_EXHAUSTED, details, method=method)
 
-    def _large_ended(self, call: CallerCall[_Owner], sent: asyncio.Future[Any]) -> None:
+    def _large_ended(self, call: _Call, sent: asyncio.Future[Any]) -> None:
         """A large request was taken by the server, or could not be sent, which does not end the connection."""
         if not self.connection.is_closing() and not sent.cancelled() and (error := sent.exception()):
             self._calls.forget(call)
-            call.owner._fail(self._not_sent(error, call.owner.method))
+            call._fail(self._not_sent(error, call.method))
 
     @staticmethod
     def _not_sent(error: BaseException, method: str) -> RpcError:
@@ -425,10 +418,8 @@ class RpcClient:
 
     # --- how calls end -------------------------------------------------------------------------------
 
-    def _abandon(self, call: CallerCall[Any] | None, operation: Sent | None) -> None:
+    def _abandon(self, call: _Call, operation: Sent | None) -> None:
         """Nobody waits for the call any more."""
-        if call is None:
-            return
         under_way = operation is None or operation.done()
         if isinstance(operation, LargeSend):
             under_way = under_way or operation.in_flight > 0
@@ -437,12 +428,6 @@ class RpcClient:
             self._calls.forget(call)
         elif self._calls.abandon(call) and not self.connection.is_closing():
             send_frame(self.connection, cancel_frame(call.call_id))
-
-    def _spin(self, call: UnaryCall[Any]) -> None:
-        """A call is awaited: its reply may come faster than the event loop turns. With several under way the loop
-        completes them together."""
-        if len(self._calls) == 1:
-            self.connection.spin(call)
 
     async def _read(self) -> None:
         """The reader task: hands each frame to its call until the connection ends."""
@@ -460,8 +445,8 @@ class RpcClient:
         if len(message) <= self._plain and (reply := plain_reply(message)) is not None:
             call = self._calls.replied(reply[0])
             if call is not None:
-                assert isinstance(call.owner, UnaryCall)
-                call.owner._reply(reply[1])
+                assert isinstance(call, UnaryCall)
+                call._reply(reply[1])
                 return
         try:
             self._received(message)
@@ -474,17 +459,16 @@ class RpcClient:
         call = self._calls.received(frame)
         if call is None:
             return
-        owner = call.owner
         if isinstance(frame, StatusFrame | MessageFrame) and len(frame.payload) > self.max_message_size:
-            owner._fail(self._too_large("a reply", frame.payload, owner.method))
+            call._fail(self._too_large("a reply", frame.payload, call.method))
             self._abandon(call, None)
         elif isinstance(frame, StatusFrame):
-            owner._status(frame)
-        elif isinstance(owner, StreamCall):
+            call._status(frame)
+        elif isinstance(call, StreamCall):
             if isinstance(frame, MessageFrame):
-                owner._message(frame.payload)
+                call._message(frame.payload)
             else:
-                owner._window_opened()
+                call._window_opened()
 
     def _connection_ended(self) -> None:
         """Each pending call gets an exception of its own, with the reason."""
@@ -494,7 +478,7 @@ class RpcClient:
 
     def _fail_all(self, make_error: Callable[[str], RpcError]) -> None:
         for call in self._calls.open_calls():
-            call.owner._fail(make_error(call.owner.method))
+            call._fail(make_error(call.method))
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -505,9 +489,8 @@ class RpcClient:
             return
         self._closed = True
         for call in self._calls.open_calls():
-            owner = call.owner
-            owner._fail(RpcError(StatusCode.CANCELLED, "the client was closed", method=owner.method))
-            self._abandon(call, owner._operation if isinstance(owner, UnaryCall) else None)
+            call._fail(RpcError(StatusCode.CANCELLED, "the client was closed", method=call.method))
+            self._abandon(call, call._operation if isinstance(call, UnaryCall) else None)
         for task in self._tasks:
             task.cancel()
         if self._reader is not None:
@@ -522,7 +505,7 @@ class RpcClient:
     def statistics(self) -> RpcClientStatistics:
         """A snapshot of the calls."""
         return RpcClientStatistics(
-            pending=len(self._calls), abandoned=self._calls.abandoned, calls=self._made
+            pending=len(self._calls.pending), abandoned=self._calls.abandoned, calls=self._made
         )
 
 

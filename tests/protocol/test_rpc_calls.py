@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -96,22 +97,40 @@ def test_a_window_does_not_grow_without_end() -> None:
 # --- the client's table -------------------------------------------------------------------------------
 
 
+@dataclass
+class Call:
+    """What waits for a call at its client."""
+
+    kind: CallKind
+    call_id: int = -1
+    abandoned: bool = False
+    requests_ended: bool = True
+    send_window: SendWindow | None = None
+    receive_window: ReceiveWindow | None = None
+
+
+def begin(calls: CallerCalls[Call], kind: CallKind) -> Call:
+    call = Call(kind)
+    assert calls.begin(call) == call.call_id
+    return call
+
+
 def test_an_id_is_used_again_only_after_the_status() -> None:
-    calls: CallerCalls[str] = CallerCalls(first_id=2**32 - 1)
-    last, zero = calls.begin(CallKind.UNARY, "a"), calls.begin(CallKind.UNARY, "b")
+    calls: CallerCalls[Call] = CallerCalls(first_id=2**32 - 1)
+    last, zero = begin(calls, CallKind.UNARY), begin(calls, CallKind.UNARY)
     assert (last.call_id, zero.call_id) == (2**32 - 1, 0)
     calls._next = last.call_id
-    assert calls.begin(CallKind.UNARY, "c").call_id == 1
+    assert begin(calls, CallKind.UNARY).call_id == 1
     calls.forget(zero)
     calls._next = last.call_id
-    assert calls.begin(CallKind.UNARY, "d").call_id == 0
+    assert begin(calls, CallKind.UNARY).call_id == 0
     calls.forget(zero)  # another call has that id now
-    assert len(calls) == 3
+    assert len(calls.pending) == 3
 
 
 def test_a_status_ends_its_call_once() -> None:
-    calls: CallerCalls[str] = CallerCalls()
-    call = calls.begin(CallKind.UNARY, "a")
+    calls: CallerCalls[Call] = CallerCalls()
+    call = begin(calls, CallKind.UNARY)
     assert calls.received(StatusFrame(call.call_id, 0, "", b"x")) is call
     assert not calls.abandon(call)
     with pytest.raises(ProtocolError, match="not made or has ended"):
@@ -119,15 +138,15 @@ def test_a_status_ends_its_call_once() -> None:
 
 
 def test_what_comes_of_an_abandoned_call_is_dropped() -> None:
-    calls: CallerCalls[str] = CallerCalls()
-    call = calls.begin(CallKind.BIDI, "a")
+    calls: CallerCalls[Call] = CallerCalls()
+    call = begin(calls, CallKind.BIDI)
     assert calls.abandon(call)
     assert not calls.abandon(call)
-    assert (len(calls), calls.abandoned, calls.open_calls()) == (1, 1, [])
+    assert (len(calls.pending), calls.abandoned, calls.open_calls()) == (1, 1, [])
     assert calls.received(MessageFrame(call.call_id, b"x")) is None
     assert calls.received(WindowFrame(call.call_id, 1, 1)) is None
     assert calls.received(StatusFrame(call.call_id)) is None
-    assert (len(calls), calls.abandoned) == (0, 0)
+    assert (len(calls.pending), calls.abandoned) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +164,8 @@ def test_what_comes_of_an_abandoned_call_is_dropped() -> None:
     ],
 )
 def test_the_client_refuses_what_the_server_must_not_send(kind: CallKind, frame: Frame) -> None:
-    calls: CallerCalls[str] = CallerCalls()
-    assert calls.begin(kind, "a").call_id == 1
+    calls: CallerCalls[Call] = CallerCalls()
+    assert begin(calls, kind).call_id == 1
     with pytest.raises(ProtocolError):
         calls.received(frame)
 
@@ -212,7 +231,7 @@ def test_the_server_refuses_what_the_client_must_not_send(frames: list[Frame]) -
 def test_two_tables_agree_whatever_the_order(data: st.DataObject) -> None:
     """A client and a server that do what they may, on two ways that keep order, with every crossing: neither ever
     finds a fault with the other, and in the end no call is left."""
-    client: CallerCalls[str] = CallerCalls()
+    client: CallerCalls[Call] = CallerCalls()
     server: CalleeCalls[str] = CalleeCalls()
     up, down = deque[Frame](), deque[Frame]()
     open_here, there = {}, {}
@@ -222,7 +241,7 @@ def test_two_tables_agree_whatever_the_order(data: st.DataObject) -> None:
         )
         if step == "begin":
             kind = data.draw(KINDS)
-            call = client.begin(kind, "owner")
+            call = begin(client, kind)
             open_here[call.call_id] = call
             up.append(CallFrame(call.call_id, "m", kind))
         elif step == "up" and up:
@@ -267,4 +286,4 @@ def test_two_tables_agree_whatever_the_order(data: st.DataObject) -> None:
         down.append(StatusFrame(callee.call_id))
     while down:
         client.received(down.popleft())
-    assert (len(client), client.abandoned, len(server)) == (0, 0, 0)
+    assert (len(client.pending), client.abandoned, len(server)) == (0, 0, 0)
