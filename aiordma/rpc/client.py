@@ -337,8 +337,7 @@ class RpcClient:
         metadata: Metadata | None,
     ) -> bool:
         """Sends the call frame; False when the call has failed already."""
-        if self._closed or self._reader is None:
-            raise MisuseError("the RpcClient is not open: use it inside `async with RpcClient(connection)`")
+        self._check_open()
         method = call.method
         try:
             name = self._names[method]
