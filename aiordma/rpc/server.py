@@ -52,6 +52,10 @@ class RpcServer:
     cancellation when its connection has ended or the server drains; then it is reported and left alone.
     ``reflection=False`` hides the list of methods.
 
+    A handler begins where its request was found, together with others that came with it, and runs until it waits
+    for something; so what computes for long before its first ``await`` holds up the event loop, as it does behind
+    one. It sees a task and a context (of ``contextvars``) of its own.
+
     A handler that raises, hangs or returns what is not of its type harms only its call: :class:`RpcError` tells
     the caller something, of any other exception the caller hears the type (``UNKNOWN``), and the loop's exception
     handler gets all of it.
