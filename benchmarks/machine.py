@@ -7,6 +7,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sysconfig
 import time
 from pathlib import Path
 
@@ -36,13 +37,21 @@ def kind_of_machine() -> str:
     return kind + (", started by tools.rxe" if os.environ.get("AIORDMA_RXE_GUEST") else "")
 
 
+def _python() -> str:
+    """Which one, and whether a profile has told its build what matters."""
+    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    name = f"{platform.python_implementation()} {platform.python_version()}"
+    return name if optimized else f"{name}, built without --enable-optimizations"
+
+
 def describe() -> dict[str, str]:
-    """Processor, cores, kernel, kind."""
+    """Processor, cores, kernel, kind, interpreter."""
     return {
         "processor": _cpuinfo().get("model name", platform.machine()),
         "cores": str(len(os.sched_getaffinity(0))),
         "kernel": f"{platform.system()} {platform.release()}",
         "machine": kind_of_machine(),
+        "interpreter": _python(),
     }
 
 

@@ -350,12 +350,10 @@ class RpcClient:
             return False
         kind, call_id = call.kind, self._calls.begin(call)
         try:
-            if (
-                payload.__class__ is bytes
-                and len(payload) <= JOIN_LIMIT
-                and not (kind or microseconds or encoded)
-            ):
-                operation = send_whole(self.connection, plain_call_frame(call_id, name, payload))
+            if payload.__class__ is bytes and len(payload) <= JOIN_LIMIT and not (kind or encoded):
+                operation = send_whole(
+                    self.connection, plain_call_frame(call_id, name, microseconds, payload)
+                )
             else:
                 head = call_head(call_id, kind, name, microseconds, encoded)
                 operation = send_frame(self.connection, head, payload)

@@ -98,7 +98,9 @@ class Serving:
         plain = None
         try:
             if len(message) <= COPY_LIMIT and (plain := plain_call(message)) is not None:
-                begun = self._calls.begin(plain[0], _UNARY, None)
+                call_id, method, timeout, payload = plain
+                deadline = self.loop.time() + timeout / 1e6 if timeout else None
+                begun = self._calls.begin(call_id, _UNARY, deadline)
             else:
                 frame = decode(slices(message))
                 call = self._calls.received(frame, self.loop.time())
@@ -107,7 +109,7 @@ class Serving:
             self.connection.fail(error)  # closes, and tells the client why
             return None
         if plain is not None:
-            return self._begin(begun, plain[1], plain[2], {})
+            return self._begin(begun, method, payload, {})
         if call is None:
             return None
         if isinstance(frame, CallFrame):

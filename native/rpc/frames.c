@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <arpa/inet.h>
+#include <endian.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -23,6 +24,7 @@ struct status_header {
 } __attribute__((packed));
 
 #define MAX_METHOD 255
+#define MAX_TIMEOUT 1000000000000000 /* microseconds */
 
 /* --- from bytes -------------------------------------------------------------------------------------- */
 
@@ -41,6 +43,7 @@ static PyObject *plain_call(PyObject *module, PyObject *message)
 {
     struct call_header header;
     Py_ssize_t length, name;
+    unsigned long long timeout;
     PyObject *method;
     char *data;
     int rc = header_of(message, &header, sizeof(header), &data, &length);
@@ -48,7 +51,10 @@ static PyObject *plain_call(PyObject *module, PyObject *message)
     (void)module;
     if (rc < 0)
         return NULL;
-    if (!rc || header.kind != FRAME_CALL || header.variant || header.timeout || header.metadata_length)
+    if (!rc || header.kind != FRAME_CALL || header.variant || header.metadata_length)
+        Py_RETURN_NONE;
+    timeout = be64toh(header.timeout);
+    if (timeout > MAX_TIMEOUT)
         Py_RETURN_NONE;
     name = ntohs(header.method_length);
     data += sizeof(header);
@@ -62,7 +68,8 @@ static PyObject *plain_call(PyObject *module, PyObject *message)
         PyErr_Clear();
         Py_RETURN_NONE;
     }
-    return Py_BuildValue("(kNy#)", (unsigned long)ntohl(header.call_id), method, data + name, length - name);
+    return Py_BuildValue("(kNKy#)", (unsigned long)ntohl(header.call_id), method, timeout, data + name,
+                         length - name);
 }
 
 static PyObject *plain_reply(PyObject *module, PyObject *message)
@@ -107,17 +114,19 @@ static PyObject *plain_call_frame(PyObject *module, PyObject *args)
 {
     struct call_header header = {.kind = FRAME_CALL};
     PyObject *name, *payload;
+    unsigned long long timeout;
     unsigned int call_id;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "ISS", &call_id, &name, &payload))
+    if (!PyArg_ParseTuple(args, "ISKS", &call_id, &name, &timeout, &payload))
         return NULL;
-    if (PyBytes_Size(name) > MAX_METHOD) {
+    if (PyBytes_Size(name) < 1 || PyBytes_Size(name) > MAX_METHOD) {
         PyErr_SetString(PyExc_ValueError, "the name of a method has 1 to 255 bytes");
         return NULL;
     }
     header.call_id = htonl(call_id);
     header.method_length = htons((uint16_t)PyBytes_Size(name));
+    header.timeout = htobe64(timeout);
     return frame(&header, sizeof(header), name, payload);
 }
 
@@ -136,11 +145,12 @@ static PyObject *plain_reply_frame(PyObject *module, PyObject *args)
 
 static PyMethodDef functions[] = {
     {"plain_call", plain_call, METH_O,
-     "plain_call(message): call, method and request of a unary call that has neither timeout nor metadata; None for\n"
-     "all other messages."},
+     "plain_call(message): call, method, timeout (microseconds, 0 for none) and request of a unary call without\n"
+     "metadata; None for all other messages."},
     {"plain_reply", plain_reply, METH_O,
      "plain_reply(message): call and reply of a status OK that has nothing else; None for all other messages."},
-    {"plain_call_frame", plain_call_frame, METH_VARARGS, "plain_call_frame(call_id, method, request): such a call."},
+    {"plain_call_frame", plain_call_frame, METH_VARARGS,
+     "plain_call_frame(call_id, method, timeout, request): such a call."},
     {"plain_reply_frame", plain_reply_frame, METH_VARARGS, "plain_reply_frame(call_id, reply): such a status."},
     {NULL, NULL, 0, NULL},
 };

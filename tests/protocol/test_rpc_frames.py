@@ -28,7 +28,9 @@ from aiordma.protocol.rpc import (
     encode,
     encode_metadata,
     plain_call,
+    plain_call_frame,
     plain_reply,
+    plain_reply_frame,
     status_head,
 )
 
@@ -73,10 +75,10 @@ def test_a_plain_reply_is_a_status_with_nothing_else(frame: Frame) -> None:
 
 
 @given(FRAMES)
-def test_a_plain_call_is_a_unary_call_with_nothing_else(frame: Frame) -> None:
+def test_a_plain_call_is_a_unary_call_without_metadata(frame: Frame) -> None:
     call = plain_call(encode(frame))
-    if isinstance(frame, CallFrame) and not (frame.kind or frame.timeout or frame.metadata):
-        assert call == (frame.call_id, frame.method, frame.payload)
+    if isinstance(frame, CallFrame) and not (frame.kind or frame.metadata):
+        assert call == (frame.call_id, frame.method, frame.timeout, frame.payload)
     else:
         assert call is None
 
@@ -86,15 +88,42 @@ def test_what_looks_like_a_plain_call_is_one(data: bytes, draw: st.DataObject) -
     damaged = bytearray(data)
     damaged[draw.draw(st.integers(0, min(len(data), 24) - 1))] = draw.draw(st.integers(0, 255))
     damaged = damaged[: draw.draw(st.integers(0, len(damaged)))]
-    try:
-        call = plain_call(bytes(damaged))
-    except ProtocolError:
-        with pytest.raises(ProtocolError):
-            decode(bytes(damaged))
-        return
+    call = plain_call(bytes(damaged))
     if call is not None:
-        call_id, method, payload = call
-        assert decode(bytes(damaged)) == CallFrame(call_id, method, payload=payload)
+        call_id, method, timeout, payload = call
+        assert decode(bytes(damaged)) == CallFrame(call_id, method, timeout=timeout, payload=payload)
+
+
+@given(FRAMES.map(encode), st.data())
+def test_what_looks_like_a_plain_reply_is_one(data: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(data)
+    damaged[draw.draw(st.integers(0, min(len(data), 12) - 1))] = draw.draw(st.integers(0, 255))
+    damaged = damaged[: draw.draw(st.integers(0, len(damaged)))]
+    reply = plain_reply(bytes(damaged))
+    if reply is not None:
+        assert decode(bytes(damaged)) == StatusFrame(reply[0], payload=reply[1])
+
+
+@given(IDS, METHODS, TIMEOUTS, st.binary())
+def test_plain_frames_are_as_any_other(call_id: int, method: str, timeout: int, payload: bytes) -> None:
+    call = CallFrame(call_id, method, timeout=timeout, payload=payload)
+    assert plain_call_frame(call_id, method.encode(), timeout, payload) == encode(call)
+    assert plain_reply_frame(call_id, payload) == encode(StatusFrame(call_id, payload=payload))
+
+
+def test_plain_frames_of_what_is_none() -> None:
+    with pytest.raises(ValueError, match="1 to 255 bytes"):
+        plain_call_frame(1, b"m" * 256, 0, b"")
+    for message in ("text", memoryview(b"view"), None):
+        with pytest.raises(TypeError):
+            plain_call(message)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            plain_reply(message)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            plain_reply_frame(1, message)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            plain_call_frame(1, b"m", 0, message)  # type: ignore[arg-type]
+    assert plain_call(encode(CallFrame(1, "m"))[:-1] + b"\xff") is None  # no UTF-8: decode() says so
 
 
 @given(st.binary(max_size=64))
