@@ -115,9 +115,8 @@ class CallerCall(Protocol):
     kind: CallKind
     call_id: int
     abandoned: bool
-    requests_ended: (
-        bool  # from here on those that have streams; the others need no more than True, None, None
-    )
+    # Of calls that have streams; of the others these are True, None and None.
+    requests_ended: bool
     send_window: SendWindow | None
     receive_window: ReceiveWindow | None
 

@@ -24,7 +24,18 @@ T = TypeVar("T")
 class HandlerTask:
     """A task that waits for a handler. ``context`` is what handlers find, each a copy of its own."""
 
-    __slots__ = ("_context", "_coroutine", "_gate", "_loop", "_own", "_waits_for", "_weak", "task", "waiting")
+    __slots__ = (
+        "_cancelled",
+        "_context",
+        "_coroutine",
+        "_gate",
+        "_loop",
+        "_own",
+        "_waits_for",
+        "_weak",
+        "task",
+        "waiting",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> None:
         self._loop = loop
@@ -33,6 +44,7 @@ class HandlerTask:
         self._gate = loop.create_future()
         self._coroutine: Coroutine[Any, Any, Any] | None = None  # goes on in the task
         self._waits_for: Any = None
+        self._cancelled: BaseException | None = None
         self.waiting = False
         """It is free, and has come to where it waits: before that, a handler would be left undone if the task was
         cancelled."""
@@ -83,17 +95,46 @@ class HandlerTask:
 
     async def _run(self) -> Any:
         self.waiting = True
-        cancelled: asyncio.CancelledError | None = None
         try:
             await self._gate
         except asyncio.CancelledError as error:
             self.waiting = False
             if self._coroutine is None:
                 raise
-            cancelled = error
+            self._cancelled = error
         if self._coroutine is None:
             return None
-        return await _rest(self._coroutine, self._waits_for, cancelled)
+        rest = self._rest()
+        # The task may end with an exception that knows this frame: it must not lead back to the task.
+        del self
+        return await rest
+
+    @types.coroutine
+    def _rest(self) -> Generator[Any, None, Any]:
+        """The rest of the coroutine, as if the task had run it from the beginning, and was cancelled since if it
+        was. What an exception knows by its frames must not lead back to it, so none is kept here."""
+        coroutine, waits_for, error = self._coroutine, self._waits_for, self._cancelled
+        self._coroutine = self._waits_for = self._cancelled = None
+        del self
+        assert coroutine is not None
+        if error is not None and asyncio.isfuture(waits_for) and waits_for.cancel(*error.args):
+            error = None  # which is how the coroutine hears of it
+        while True:
+            if error is None:
+                if asyncio.isfuture(waits_for):
+                    waits_for._asyncio_future_blocking = True  # another task may have waited for it meanwhile
+                try:
+                    yield waits_for
+                    break
+                except BaseException as raised:
+                    error = raised
+            try:
+                waits_for = coroutine.throw(error)
+            except StopIteration as end:
+                return end.value
+            finally:
+                error = None
+        return (yield from coroutine.__await__())
 
 
 def _same(one: contextvars.Context, other: contextvars.Context) -> bool:
@@ -102,29 +143,3 @@ def _same(one: contextvars.Context, other: contextvars.Context) -> bool:
         return one == other
     except Exception:
         return False
-
-
-@types.coroutine
-def _rest(
-    coroutine: Coroutine[Any, Any, T], waits_for: Any, cancelled: asyncio.CancelledError | None
-) -> Generator[Any, None, T]:
-    """The rest of a coroutine that waits for this, as if the task had run it from the beginning and was
-    ``cancelled`` since."""
-    error: BaseException | None = cancelled
-    if error is not None and asyncio.isfuture(waits_for) and waits_for.cancel(*error.args):
-        error = None  # which is how the coroutine hears of it
-    while True:
-        if error is None:
-            if asyncio.isfuture(waits_for):
-                waits_for._asyncio_future_blocking = True  # another task may have waited for it meanwhile
-            try:
-                yield waits_for
-                break
-            except BaseException as raised:
-                error = raised
-        try:
-            waits_for, error = coroutine.throw(error), None
-        except StopIteration as end:
-            result: T = end.value
-            return result
-    return (yield from coroutine.__await__())

@@ -212,24 +212,28 @@ class Serving:
         method, ready = context._method, self._ready
         coroutine = context._run(self.server.handler(method))
         if ready is None or not ready.waiting:
+            if ready is not None and ready.task.done():  # somebody cancelled all tasks
+                self._ready = HandlerTask(self.loop, self._context)
             task = self.loop.create_task(coroutine, name=method.task_name, context=self._context.copy())
             self._go_on(context, task)
             return
         context._task = ready.task
-        payload, error = None, None
         try:
             payload = ready.start(coroutine, method.task_name)
-        except BaseException as raised:
-            error = raised
-        if not ready.waiting:
-            self._ready = HandlerTask(self.loop, self._context)
-        if payload is None and error is None:
-            self._go_on(context, ready.task)
-            return
-        context._task = None
-        self._ended(context, error, payload or b"")
-        if isinstance(error, SystemExit | KeyboardInterrupt):
-            raise error
+        except BaseException as error:
+            context._task = None
+            self._ended(context, error, b"")
+            if isinstance(error, SystemExit | KeyboardInterrupt):
+                raise
+        else:
+            if payload is None:
+                self._go_on(context, ready.task)
+            else:
+                context._task = None
+                self._ended(context, None, payload)
+        finally:
+            if not ready.waiting:
+                self._ready = HandlerTask(self.loop, self._context)
 
     def _go_on(self, context: ServerContext, task: asyncio.Task[Payload]) -> None:
         context._task = task
@@ -241,6 +245,7 @@ class Serving:
     def _task_ended(self, context: ServerContext, task: asyncio.Task[Payload]) -> None:
         """A callback: no cancellation can come between the end of the handler and its answer."""
         self._tasks.discard(task)
+        context._task = None  # whose exception knows the handler's frames, and they the context
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         self._ended(context, error, task.result() if error is None else b"")
 
@@ -304,10 +309,12 @@ class Serving:
         """The answer to a call that had none before: what its handler has returned, or why it has not."""
         call = context._call
         if error is None:
-            code, details, error = _OK, "", _ENDED
+            code, details = _OK, ""
+            context._close(_ENDED)
         else:
             code, details = error.code, error.details
-        context._close(error)
+            # Not the exception that was raised: it knows the handler's frames, and they know the context.
+            context._close(RpcError(code, details))
         context._answer = self._send_status(call, code, details, context._trailing, payload)
 
     def _send_status(

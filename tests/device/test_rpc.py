@@ -643,6 +643,17 @@ async def test_each_handler_has_a_task_and_variables_of_its_own() -> None:
         assert await asyncio.gather(*calls) == kinds * 25
 
 
+async def test_a_server_goes_on_when_somebody_cancels_all_tasks() -> None:
+    """The one that waits for a handler among them."""
+    names = ("aiordma RPC echo", "aiordma RPC, next handler")
+    async with calling(service(echo=echo)) as client:
+        for i in range(4):
+            assert await client.unary("echo", b"%d" % i) == b"%d" % i
+            (ready,) = [task for task in asyncio.all_tasks() if task.get_name() in names]
+            ready.cancel()
+            await asyncio.wait([ready])
+
+
 @pytest.mark.parametrize(
     "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
 )

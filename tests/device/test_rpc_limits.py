@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from collections.abc import AsyncIterator
 
 import pytest
@@ -123,6 +125,40 @@ async def test_a_call_that_is_stopped_when_its_turn_has_come_does_not_run() -> N
         assert server.statistics().running == 0
         assert len(gate.contexts) == 1
         assert await client.unary("wait", b"3") == b"3"
+
+
+class Refused(RpcError):
+    """What the handlers here raise."""
+
+
+@pytest.mark.parametrize("how", ["at once", "later", "cancelled"])
+async def test_what_a_handler_raises_leaves_no_garbage(how: str) -> None:
+    """It would hold the frames, and so the request, until the next collection."""
+
+    async def refuse(payload: bytes, context: ServerContext) -> bytes:
+        if how == "later":
+            await asyncio.sleep(0)
+        if how == "cancelled":
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError as error:
+                raise Refused(StatusCode.ABORTED, "refused") from error
+        raise Refused(StatusCode.ABORTED, "refused")
+
+    server = RpcServer(service(refuse=refuse))
+    async with calling(server) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                call = client.unary("refuse", timeout=0.01 if how == "cancelled" else None)
+                with contextlib.suppress(RpcError):
+                    await call
+            await eventually(lambda: server.statistics().unanswered == 0)
+            left = [error for error in gc.get_objects() if isinstance(error, Refused)]
+        finally:
+            gc.enable()
+    assert len(left) <= 1, "the last one may still be under way"
 
 
 async def test_a_handler_that_ignores_its_deadline() -> None:
