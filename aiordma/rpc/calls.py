@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from ..errors import MisuseError
 from ..protocol.rpc import CallKind, Metadata, Payload, StatusCode, StatusFrame, end_frame
 from ..protocol.rpc_calls import ReceiveWindow, SendWindow
-from .codec import BYTES, Codec, InvalidMessage
+from .codec import Codec, InvalidMessage
 from .context import EOF, EndOfStream, InvalidReplyError
 from .errors import RpcError, RpcTimeoutError, status_error
 from .pacing import Incoming, Outgoing, Sent, retrieve, send_frame
@@ -129,15 +129,14 @@ class UnaryCall(asyncio.Future[T]):
 
     def _reply(self, payload: Payload) -> None:
         try:
-            reply: Any = payload if self._codec is BYTES else self._codec.decode(payload)
+            reply = self._codec.decode(payload)
         except InvalidMessage as error:
             invalid = InvalidReplyError(str(error), method=self.method)
             invalid.__cause__ = error
             self._fail(invalid)
             return
         if not self.done():
-            if self._timer is not None:
-                self._over()
+            self._over()
             self.set_result(reply)
 
     def _over(self) -> None:
