@@ -94,7 +94,8 @@ class Admission(Generic[T]):
         return f"{lane.unanswered} calls of this connection are running, and {len(lane.waiting)} wait"
 
     def _enrol(self, lane: Lane[T]) -> None:
-        if lane.waiting and lane.unanswered < self.lane_running and lane not in self._turn:
+        """A lane with calls that wait gets its turn, if it has a place for one."""
+        if lane.unanswered < self.lane_running and lane not in self._turn:
             self._turn.append(lane)
 
     def handler_ended(self) -> None:
@@ -119,7 +120,8 @@ class Admission(Generic[T]):
             self.waiting_bytes -= nbytes
             self.running += 1
             lane.unanswered += 1
-            self._enrol(lane)
+            if lane.waiting:
+                self._enrol(lane)
             return call
         return None
 

@@ -6,6 +6,7 @@ One task reads and hands what comes to the calls; a call is an entry in its tabl
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -50,8 +51,8 @@ T = TypeVar("T")
 C = TypeVar("C", bound=StreamCall[Any])
 Requests = AsyncIterable[Any] | Iterable[Any] | None
 _Call = UnaryCall[Any] | StreamCall[Any]
-#: Names of methods that a client remembers.
-_NAMES = 1024
+#: Names of methods as they travel, remembered. TypeError for what cannot be hashed.
+_method_name = functools.lru_cache(maxsize=1024)(check_method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,6 @@ class RpcClient:
         self._interceptors = tuple(interceptors)
         self._loop = asyncio.get_running_loop()
         self._calls: CallerCalls[_Call] = CallerCalls()
-        self._names: dict[str, bytes] = {}  # of methods, as they travel
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reader: asyncio.Task[None] | None = None
         self._closed = False
@@ -296,7 +296,7 @@ class RpcClient:
     def _encode(self, request: Any) -> Payload:
         """Raises :class:`MisuseError`."""
         try:
-            return request if request.__class__ is bytes else encode_request(request)
+            return encode_request(request)
         except InvalidMessage as error:
             raise MisuseError(f"the request is not valid: {error}") from error
 
@@ -340,9 +340,9 @@ class RpcClient:
         self._check_open()
         method = call.method
         try:
-            name = self._names[method]
-        except (KeyError, TypeError):
-            name = self._name(method)
+            name = _method_name(method)
+        except TypeError:  # one that cannot be hashed
+            name = check_method(method)
         microseconds = 0 if timeout is None else check_timeout(timeout)
         encoded = encode_metadata(metadata) if metadata else b""
         if len(payload) > self.max_message_size or (timeout is not None and timeout <= 0):
@@ -373,14 +373,6 @@ class RpcClient:
         if timeout is not None:
             call._timer = self._loop.call_later(timeout, call._expired)
         return True
-
-    def _name(self, method: str) -> bytes:
-        """The name of a method as it travels, from now on known. Raises :class:`MisuseError`."""
-        name = check_method(method)
-        if len(self._names) >= _NAMES:
-            self._names.clear()
-        self._names[method] = name
-        return name
 
     def _refusal(self, method: str, payload: Payload, timeout: float | None) -> RpcError:
         """Why a call is not even sent."""

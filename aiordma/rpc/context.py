@@ -205,7 +205,7 @@ class ServerContext:
         except InvalidMessage as error:
             raise InvalidReplyError(str(error)) from error
         if len(payload) > self._serving.server.max_message_size:
-            self._serving.check_size(payload, "a reply")
+            raise self._serving.too_large(payload, "a reply")
         return payload
 
     # --- for the server ------------------------------------------------------------------------------

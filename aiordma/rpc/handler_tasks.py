@@ -94,7 +94,7 @@ class HandlerTask:
             self._gate.set_result(None)
 
     async def _run(self) -> Any:
-        self.waiting = True
+        self.waiting = not self._gate.done()
         try:
             await self._gate
         except asyncio.CancelledError as error:

@@ -198,7 +198,7 @@ class RpcServer:
         for context in list(self._active):
             context._serving.stop(context, RpcError(StatusCode.UNAVAILABLE, "the server is shutting down"))
         await self._wait_idle(self.cancel_grace)
-        self._report_stubborn({task for task in tasks if not task.done()})
+        self._report_stubborn(tasks)
         return False
 
     async def _wait_idle(self, timeout: float | None) -> bool:
@@ -215,6 +215,8 @@ class RpcServer:
 
     def _report_stubborn(self, tasks: Iterable[asyncio.Task[Payload]]) -> None:
         for task in tasks:
+            if task.done():
+                continue
             message = f"{task.get_name()} goes on after its cancellation, for more than {self.cancel_grace} s"
             task.get_loop().call_exception_handler({"message": message, "task": task})
 

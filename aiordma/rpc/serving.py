@@ -130,21 +130,18 @@ class Serving:
 
     def _message(self, context: ServerContext, payload: Payload) -> Sent | None:
         assert context._incoming is not None
-        try:
-            self.check_size(payload, "a request")
-        except RpcError as error:
-            self.stop(context, error)
+        if len(payload) > self.server.max_message_size:
+            self.stop(context, self.too_large(payload, "a request"))
             return context._answer
         context._incoming.put(payload)
         return None
 
-    def check_size(self, payload: Payload, what: str) -> None:
-        """Raises :class:`RpcError` for a message larger than the server allows."""
+    def too_large(self, payload: Payload, what: str) -> RpcError:
+        """For a message larger than the server allows."""
         limit = self.server.max_message_size
-        if len(payload) > limit:
-            raise RpcError(
-                StatusCode.RESOURCE_EXHAUSTED, f"{what} of {len(payload)} bytes; the server allows {limit}"
-            )
+        return RpcError(
+            StatusCode.RESOURCE_EXHAUSTED, f"{what} of {len(payload)} bytes; the server allows {limit}"
+        )
 
     # --- a call begins -------------------------------------------------------------------------------
 
@@ -178,7 +175,7 @@ class Serving:
                 f"{name!r} is {method.kind.name}, and was called as {call.kind.name}",
             )
         if len(payload) > server.max_message_size:
-            self.check_size(payload, "a request")
+            raise self.too_large(payload, "a request")
         context = ServerContext(self, call, method, payload, metadata)
         if method.exempt:
             if self._exempt >= _MAX_EXEMPT:
@@ -387,4 +384,4 @@ class Serving:
         try:
             await asyncio.wait(self._tasks, timeout=self.server.cancel_grace)
         finally:
-            self.server._report_stubborn({task for task in self._tasks if not task.done()})
+            self.server._report_stubborn(self._tasks)

@@ -5,7 +5,8 @@
  * Governor (adaptive), to the cap (busy), or not at all (event). Others are not starved: all spins of a turn share a
  * budget, only so many awaits in a row complete without a turn, and an await that finds the loop with other work
  * goes through the loop. Of asyncio's loop that is known, uvloop hides its queue; so a spin ends as well when it has
- * found something for somebody else, and none begins while receivers of ours have been woken and have not run. */
+ * found something for somebody else, and none begins while receivers of ours have been woken and have not run, or
+ * others are in line behind what was found (soon()). */
 #include "datapath.h"
 
 #include <time.h>

@@ -58,6 +58,13 @@ FRAMES = (
 )
 
 
+def damage(data: bytes, head: int, draw: st.DataObject) -> bytes:
+    """A frame with another byte somewhere in its head, and perhaps without its end."""
+    damaged = bytearray(data)
+    damaged[draw.draw(st.integers(0, min(len(data), head) - 1))] = draw.draw(st.integers(0, 255))
+    return bytes(damaged[: draw.draw(st.integers(0, len(damaged)))])
+
+
 @given(FRAMES)
 def test_roundtrip(frame: Frame) -> None:
     data = encode(frame)
@@ -85,23 +92,19 @@ def test_a_plain_call_is_a_unary_call_without_metadata(frame: Frame) -> None:
 
 @given(FRAMES.map(encode), st.data())
 def test_what_looks_like_a_plain_call_is_one(data: bytes, draw: st.DataObject) -> None:
-    damaged = bytearray(data)
-    damaged[draw.draw(st.integers(0, min(len(data), 24) - 1))] = draw.draw(st.integers(0, 255))
-    damaged = damaged[: draw.draw(st.integers(0, len(damaged)))]
-    call = plain_call(bytes(damaged))
+    damaged = damage(data, 24, draw)
+    call = plain_call(damaged)
     if call is not None:
         call_id, method, timeout, payload = call
-        assert decode(bytes(damaged)) == CallFrame(call_id, method, timeout=timeout, payload=payload)
+        assert decode(damaged) == CallFrame(call_id, method, timeout=timeout, payload=payload)
 
 
 @given(FRAMES.map(encode), st.data())
 def test_what_looks_like_a_plain_reply_is_one(data: bytes, draw: st.DataObject) -> None:
-    damaged = bytearray(data)
-    damaged[draw.draw(st.integers(0, min(len(data), 12) - 1))] = draw.draw(st.integers(0, 255))
-    damaged = damaged[: draw.draw(st.integers(0, len(damaged)))]
-    reply = plain_reply(bytes(damaged))
+    damaged = damage(data, 12, draw)
+    reply = plain_reply(damaged)
     if reply is not None:
-        assert decode(bytes(damaged)) == StatusFrame(reply[0], payload=reply[1])
+        assert decode(damaged) == StatusFrame(reply[0], payload=reply[1])
 
 
 @given(IDS, METHODS, TIMEOUTS, st.binary())
