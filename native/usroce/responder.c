@@ -534,11 +534,16 @@ static void receive_atomic(struct context *ctx, struct qp *qp, const struct pack
 static void receive_in_order(struct context *ctx, struct qp *qp, const struct packet *packet)
 {
     qp->resp.gap = false;
-    if (!is_well_formed(qp, packet))
+    if (!is_well_formed(qp, packet)) {
         refuse(ctx, qp, WIRE_NAK_INVALID_REQUEST);
-    else if (packet->traits & WIRE_IS_SEND)
+        return;
+    }
+    if (packet->traits & WIRE_IS_SEND) {
         receive_send(ctx, qp, packet);
-    else if (packet->traits & WIRE_IS_WRITE)
+        return;
+    }
+    ctx->one_sided++;
+    if (packet->traits & WIRE_IS_WRITE)
         receive_write(ctx, qp, packet);
     else if (WIRE_BASE(packet->opcode) == WIRE_READ_REQUEST)
         receive_read(ctx, qp, packet);

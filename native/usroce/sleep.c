@@ -13,10 +13,12 @@
  *   the application watches by poll(), which are readable for events only.
  *
  * Staying out. A device that is claimed is the application's; the device thread wakes once in a while (`grace`) to see
- * whether it is still looked after. If not, it watches the links again. `grace` adapts: when a claim turns out
- * to be abandoned with packets waiting (a program that polls memory instead of its queue), it looks sooner the next
- * time. While somebody leads and nothing happens it rests, until a timer or the end of the leading. With nothing to
- * do no thread has a timeout. */
+ * whether it is still looked after. If not, it does so this once: messages wait for the application anyway, so one
+ * with long turns between its polls is disturbed no more than their senders need. The claim is abandoned, and the
+ * thread watches the links again, if that is not enough: peers ask for what the application has no part in, or much is
+ * on its way; or if nobody seems to come back. `grace` adapts: when a claim was abandoned and somebody had to wait for
+ * it (the application polls memory instead of its queue), the thread looks sooner the next time. While somebody leads
+ * and nothing happens it rests, until a timer or the end of the leading. With nothing to do no thread has a timeout. */
 #define _GNU_SOURCE /* ppoll */
 #include "usroce.h"
 
@@ -32,10 +34,13 @@
 enum {
     CLAIM_AFTER = 8,       /* polls in a row, without arming a queue in between; packets that a loop woke for */
     GRACE_MIN = 50 * 1000, /* ns */
-    GRACE_MAX = 1000 * 1000,
+    GRACE_MAX = 2000 * 1000,
     DEFER = 100 * 1000,
+    IN_TIME = 8000 * 1000, /* an event loop comes again so soon, if its turns are not too long */
     SLEEP_TRIES = 4,       /* passes until a thread that cannot sleep for all that comes leaves it to another one */
     STRAYS = 3,            /* wake-ups in a row without an event, until a loop is woken for events only */
+    VISITS = 4,            /* graces in a row without a poll, until nobody is thought to come back */
+    TRANSFER = 64 << 10,   /* bytes of a visit, in and out; what moves more should not wait for the next one */
 };
 
 /* --- waking ---------------------------------------------------------------------------------------------------- */
@@ -364,7 +369,7 @@ static void came_in_time(struct context *ctx)
 {
     uint64_t now = now_ns();
 
-    ctx->in_time = now - ctx->came_at < GRACE_MAX ? ctx->in_time + 1 : 0;
+    ctx->in_time = now - ctx->came_at < IN_TIME ? ctx->in_time + 1 : 0;
     ctx->came_at = now;
     if (ctx->in_time < CLAIM_AFTER)
         return;
@@ -443,6 +448,41 @@ static void rest(struct context *ctx)
         progress_drive(ctx, false);
 }
 
+static void abandon(struct context *ctx)
+{
+    ctx->claimed = ctx->sleeper = false;
+    ctx->in_time = 0;
+    ctx->visits = 0;
+}
+
+static void longer_grace(struct context *ctx)
+{
+    ctx->grace = ctx->grace * 2 < GRACE_MAX ? ctx->grace * 2 : GRACE_MAX;
+}
+
+/* Nobody has come for a while. */
+static void visit(struct context *ctx)
+{
+    uint64_t bytes = ctx->counters.received_bytes + ctx->counters.sent_bytes, one_sided = ctx->one_sided;
+    int received;
+
+    if (ctx->links_asleep)
+        drive_and_sleep(ctx, &received);
+    else
+        received = progress_drive(ctx, false);
+    progress_flush_acks(ctx);
+    bytes = ctx->counters.received_bytes + ctx->counters.sent_bytes - bytes;
+    if (ctx->one_sided != one_sided || bytes > TRANSFER || !list_empty(&ctx->tx_ready)) {
+        abandon(ctx);
+        ctx->abandoned++;
+        ctx->grace = ctx->grace / 4 > GRACE_MIN ? ctx->grace / 4 : GRACE_MIN;
+    } else if ((ctx->sleeper && !received) || ++ctx->visits == VISITS) {
+        abandon(ctx);
+    } else {
+        longer_grace(ctx);
+    }
+}
+
 static void stay_out(struct context *ctx)
 {
     struct pollfd fd = {.fd = ctx->kick, .events = POLLIN};
@@ -451,16 +491,12 @@ static void stay_out(struct context *ctx)
     ctx->wake_at = now_ns() + ctx->grace;
     sleep_on(ctx, THREAD_STAYING_OUT, &fd, 1);
     if (ctx->polls != seen) {
-        ctx->grace = ctx->grace * 2 < GRACE_MAX ? ctx->grace * 2 : GRACE_MAX;
+        longer_grace(ctx);
+        ctx->visits = 0;
     } else if (ctx->leading) {
         ctx->resting = true;
     } else if (ctx->claimed) {
-        ctx->claimed = ctx->sleeper = false; /* abandoned */
-        ctx->in_time = 0;
-        if (progress_drive(ctx, false)) {
-            ctx->abandoned++;
-            ctx->grace = ctx->grace / 4 > GRACE_MIN ? ctx->grace / 4 : GRACE_MIN;
-        }
+        visit(ctx);
     }
 }
 

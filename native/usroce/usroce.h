@@ -497,7 +497,9 @@ struct context {
     uint64_t came_at;         /* ... and when it did last */
     uint64_t polls;           /* passes of application threads */
     uint64_t abandoned;       /* claims, with packets waiting */
-    uint64_t grace;           /* ns without a poll after which the device thread takes over */
+    uint64_t grace;           /* ns without a poll after which the device thread looks after the device */
+    uint64_t one_sided;       /* requests of peers that the program has no part in */
+    uint32_t visits;          /* of the device thread, since somebody polled */
 };
 
 static inline struct context *context_of(struct ibv_context *context)

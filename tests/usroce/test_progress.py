@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from aiordma.verbs import usroce
+from aiordma.verbs import WrOpcode, usroce
 from tests.usroce.conftest import Target
 from tests.usroce.ends import End
+from tests.usroce.processes import free_loopback_address
 
 pytestmark = [pytest.mark.device, pytest.mark.usroce]
 
@@ -77,6 +79,70 @@ def prepare(target: Target, before: str) -> None:
     if before == "poll":
         target.begin("poll")
         target.digest()
+
+
+# --- messages ------------------------------------------------------------------------------------------------
+
+TURNS = 20
+TURN = 0.006  # seconds of a turn in which the receiver's program does not come to its queue
+SIZE = 64
+
+
+@pytest.fixture
+def sender(end: End) -> Iterator[End]:
+    """Connected to `end`, from another device of this process."""
+    with usroce.options(address=free_loopback_address()):
+        context = usroce.usroce_device().open()
+    with context:
+        sender = End(context)
+        sender.connect(end.card())
+        end.connect(sender.card())
+        yield sender
+
+
+def post_receives(end: End, count: int) -> None:
+    region = end.region
+    end.qp.post_recv([(1, region.address + at * SIZE, SIZE, region.lkey) for at in range(count)])
+
+
+def send_for(sender: End, seconds: float, count: int) -> int:
+    """Up to `count` messages, one each tenth of a millisecond; returns how many."""
+    first = time.perf_counter()
+    for number in range(count):
+        if time.perf_counter() - first > seconds:
+            return number
+        sender.post(WrOpcode.SEND, SIZE)
+        while time.perf_counter() - first < number / 10_000:
+            sender.cq.poll()
+    return count
+
+
+def test_messages_to_a_program_with_long_turns_wake_nobody_else(end: End, sender: End) -> None:
+    """It will find them when it polls again: the device's thread would only take time from its turn."""
+    post_receives(end, 64)
+    sent = waking = 0
+    for _ in range(TURNS):
+        for _ in range(16):
+            assert not end.cq.poll()
+        before = thread_wakeups(end)
+        in_turn = send_for(sender, TURN, 60)
+        waking += thread_wakeups(end) - before
+        end.complete(in_turn)
+        sender.cq.poll()
+        post_receives(end, in_turn)
+        sent += in_turn
+    assert waking < sent / 5
+
+
+def test_messages_to_a_program_that_does_not_come_back_are_acknowledged(end: End, sender: End) -> None:
+    post_receives(end, 60)
+    for _ in range(1000):
+        assert not end.cq.poll()
+    for _ in range(60):
+        sender.post(WrOpcode.SEND, SIZE)
+        sender.complete()
+    assert usroce.counters(sender.context).timeouts == 0
+    end.complete(60)
 
 
 # --- idle ----------------------------------------------------------------------------------------------------
