@@ -301,8 +301,8 @@ class CqReactor(Table):
 
     def _poll_turn(self) -> None:
         self._turns += 1
-        before, last_hit = now_ns(), self.last_hit_ns
-        budget, spin = _TURN_LIMIT, self._turn_spin_ns(before)
+        last_hit = self.last_hit_ns
+        budget, spin = _TURN_LIMIT, self._turn_spin_ns(now_ns())
         for queue in self._queues:
             while budget > 0 and (count := self.serve(queue.pointer, spin)):
                 budget -= count
@@ -310,10 +310,8 @@ class CqReactor(Table):
                     break
         if budget <= 0:
             self._queues.append(self._queues.pop(0))  # the next in line starts
-        now = now_ns()
-        self.spin_ns += now - before
         self._learn_gap(last_hit)
-        self._left_ns = now
+        self._left_ns = now = now_ns()
         since = max(self.last_hit_ns, self._asked_ns)
         if self.mode == "busy" or (self.adaptive and now - since < self._turns_ns()):
             self._loop.call_soon(self._turn)

@@ -231,13 +231,17 @@ static PyObject *serve(PyObject *self, PyObject *args)
 {
     Table *table = (Table *)self;
     unsigned long long cq;
-    long long spin_ns;
+    long long spin_ns, start = 0;
     int got;
 
     if (!PyArg_ParseTuple(args, "KL", &cq, &spin_ns))
         return NULL;
+    if (table->polling)
+        start = now_ns();
     table->waking = 1;
     got = table_poll(table, (struct ibv_cq *)(uintptr_t)cq, (uint64_t)spin_ns);
+    if (start)
+        table->spin_ns += (got > 0 ? table->last_hit_ns : now_ns()) - start;
     table_wake(table);
     table->waking = 0;
     return PyLong_FromLong(got > 0 ? got : 0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -43,6 +44,29 @@ async def test_no_lost_wakeup(pair: MakePair, mode: str) -> None:
         assert stats.reactor.spin_seconds == 0
     both.client.close()
     await echoing
+
+
+@pytest.mark.parametrize("mode", ["busy", "adaptive"])
+async def test_spinning_takes_no_longer_than_there_is_time(pair: MakePair, mode: str) -> None:
+    """Those that a poll on a turn of the loop wakes spin in their turn, and work: none of that counts as its own."""
+    both = await pair(Config(mode=mode, inline_spin_us=1000))  # type: ignore[arg-type]
+
+    async def work(end: Connection) -> None:
+        async for message in end:
+            until = time.perf_counter() + 0.0005
+            while time.perf_counter() < until:
+                pass
+            await end.send(message)
+
+    working = asyncio.ensure_future(work(both.server))
+    began, before = time.perf_counter(), both.client.statistics().reactor.spin_seconds
+    for _ in range(200):
+        await both.client.send(b"x")
+        await both.client.recv()
+    spun = both.client.statistics().reactor.spin_seconds - before
+    assert 0 < spun <= time.perf_counter() - began - 200 * 0.0005
+    both.client.close()
+    await working
 
 
 @pytest.mark.parametrize("mode", ["busy", "adaptive"])
