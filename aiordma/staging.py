@@ -13,6 +13,7 @@ put together in the scratch, one place for each work request of a doorbell.
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from typing import Any, Protocol
 
 from ._native import ffi
@@ -60,11 +61,10 @@ class StagingBuffer(Place):
 class _Chunk:
     """A lease, cut into buffers."""
 
-    __slots__ = ("buffers", "lease", "used", "view")
+    __slots__ = ("buffers", "lease", "view")
 
     def __init__(self, lease: Lease, size: int, stride: int) -> None:
         self.lease = lease
-        self.used = 0
         self.view = memoryview(lease)
         self.buffers = [
             StagingBuffer(self, lease.address + at, lease.lkey, self.view[at : at + size])
@@ -80,7 +80,11 @@ class _Chunk:
 
 
 class StagingPool:
-    """Buffers of ``size`` bytes for every send queue that asks for this size. Belongs to one event loop."""
+    """Buffers of ``size`` bytes for every send queue that asks for this size. Belongs to one event loop.
+
+    With :attr:`free`, :attr:`line` and :attr:`keep` the datapath does by itself what most calls of :meth:`take`
+    and :meth:`give` come to (native/datapath/send.c): the last one out of the list, or to its end.
+    """
 
     def __init__(self, memory: MemoryPool, size: int) -> None:
         self.size = size
@@ -88,10 +92,10 @@ class StagingPool:
         self._stride = round_up(size, ALIGNMENT)
         self._count = max(1, _CHUNK // self._stride)  # buffers in a chunk
         self._chunk = self._count * self._stride  # its bytes
-        self._keep = max(self._count, _KEEP // self._stride)
         self._chunks: list[_Chunk] = []
-        self._free: list[StagingBuffer] = []
-        self._line: dict[StagingUser, None] = {}  # in order of arrival
+        self.keep = max(self._count, _KEEP // self._stride)  # free ones, whatever happens
+        self.free: list[StagingBuffer] = []
+        self.line: dict[StagingUser, None] = {}  # who waits, in order of arrival
         self._turn: StagingUser | None = None
         self._users = 0
 
@@ -103,7 +107,7 @@ class StagingPool:
     @property
     def waiting(self) -> int:
         """How many send queues wait for a buffer."""
-        return len(self._line)
+        return len(self.line)
 
     # --- who is here ---------------------------------------------------------------------------------
 
@@ -118,7 +122,7 @@ class StagingPool:
         self._users -= 1
         if self._users == 0:
             chunks, self._chunks = self._chunks, []
-            self._free.clear()
+            self.free.clear()
             for chunk in chunks:
                 chunk.close()
 
@@ -126,29 +130,23 @@ class StagingPool:
 
     def take(self, user: StagingUser) -> StagingBuffer | None:
         """A buffer; or None, and ``user`` stands in line from now on (if it did not before)."""
-        if self._line and self._turn is not user:
-            self._line[user] = None
+        if (self.line and self._turn is not user) or not (self.free or self._grow()):
+            self.line[user] = None
             return None
-        if not self._free and not self._grow():
-            self._line[user] = None
-            return None
-        buffer = self._free.pop()
-        buffer.chunk.used += 1
-        return buffer
+        return self.free.pop()
 
     def give(self, buffer: StagingBuffer) -> None:
         """The buffer is no longer used; the first in line gets its turn."""
-        buffer.chunk.used -= 1
-        self._free.append(buffer)
-        if self._line:
+        self.free.append(buffer)
+        if self.line:
             self._serve()
-        elif buffer.chunk.used == 0 and len(self._free) - self._count >= self._keep:
-            self._drop(buffer.chunk)
+        elif len(self.free) > self.keep and len(self.free) % self._count == 0:
+            self._shrink()
 
     def _serve(self) -> None:
-        while self._free and self._line:
-            user = next(iter(self._line))
-            del self._line[user]
+        while self.free and self.line:
+            user = next(iter(self.line))
+            del self.line[user]
             self._turn = user
             try:
                 user.staging_ready()
@@ -157,7 +155,7 @@ class StagingPool:
 
     def forget(self, user: StagingUser) -> None:
         """``user`` wants no buffer any more."""
-        self._line.pop(user, None)
+        self.line.pop(user, None)
 
     def _grow(self) -> bool:
         if (len(self._chunks) + 1) * self._chunk > self._memory.limit // _SHARE:
@@ -171,12 +169,16 @@ class StagingPool:
     def _add(self, lease: Lease) -> None:
         chunk = _Chunk(lease, self.size, self._stride)
         self._chunks.append(chunk)
-        self._free.extend(chunk.buffers)
+        self.free.extend(chunk.buffers)
 
-    def _drop(self, chunk: _Chunk) -> None:
-        self._chunks.remove(chunk)
-        self._free = [buffer for buffer in self._free if buffer.chunk is not chunk]
-        chunk.close()
+    def _shrink(self) -> None:
+        """Gives back the chunks of which nothing is used, but for those that are kept."""
+        free = Counter(buffer.chunk for buffer in self.free)
+        for chunk, count in free.items():
+            if count == len(chunk.buffers) and len(self.free) - count >= self.keep:
+                self._chunks.remove(chunk)
+                self.free[:] = [buffer for buffer in self.free if buffer.chunk is not chunk]
+                chunk.close()
 
 
 class Scratch:

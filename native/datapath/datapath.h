@@ -369,7 +369,9 @@ struct Sender {
     char dirty, open, spins;
     char may_wait;          /* somebody may be in one of these two: set by Python, cleared here */
     Group *groups[GROUPS];
-    PyObject *staging;      /* StagingPool */
+    PyObject *staging;      /* StagingPool, with its list of free buffers and those who wait for one */
+    PyObject *staging_free, *staging_line;
+    Py_ssize_t staging_keep; /* so many free ones need not be looked at by the pool */
     PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
     struct objects staged;  /* its buffers that we hold, in the order of their messages */
     PyObject *connection, *loop;

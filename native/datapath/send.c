@@ -42,14 +42,36 @@ int sender_control(Sender *sender)
     return call_none((PyObject *)sender, name_send_control);
 }
 
+/* StagingPool.take(): None when there is none. NULL and an exception. */
+static PyObject *take_staging(Sender *sender)
+{
+    Py_ssize_t count = PyList_Size(sender->staging_free);
+    PyObject *buffer;
+
+    if (!count || PyDict_Size(sender->staging_line))
+        return PyObject_CallMethodObjArgs(sender->staging, name_take, (PyObject *)sender, NULL);
+    buffer = Py_NewRef(PyList_GetItem(sender->staging_free, count - 1));
+    if (PyList_SetSlice(sender->staging_free, count - 1, count, NULL))
+        Py_CLEAR(buffer);
+    return buffer;
+}
+
+static int give_staging(Sender *sender, PyObject *buffer)
+{
+    PyObject *result;
+
+    if (PyList_Size(sender->staging_free) < sender->staging_keep && !PyDict_Size(sender->staging_line))
+        return PyList_Append(sender->staging_free, buffer);
+    result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
 /* A staging buffer is not needed any more; that may call others who wait for one. */
 static void give_buffer(Sender *sender, PyObject *buffer)
 {
-    PyObject *result = PyObject_CallMethodObjArgs(sender->staging, name_give, buffer, NULL);
-
-    if (!result)
+    if (give_staging(sender, buffer))
         table_unraisable(sender->table);
-    Py_XDECREF(result);
     Py_DECREF(buffer);
 }
 
@@ -340,7 +362,7 @@ static int locate(PyObject *buffer, struct frame *frame)
  * the message may not go any more; -1 and an exception. */
 static int take_buffer(Sender *sender, struct frame *frame)
 {
-    PyObject *buffer = PyObject_CallMethodObjArgs(sender->staging, name_take, (PyObject *)sender, NULL);
+    PyObject *buffer = take_staging(sender);
     PyObject *type, *value, *traceback;
     int rc;
 
@@ -602,6 +624,27 @@ static int make_groups(Sender *sender)
     return 0;
 }
 
+static int set_staging(Sender *sender, PyObject *staging)
+{
+    PyObject *keep = PyObject_GetAttrString(staging, "keep");
+
+    sender->staging = Py_NewRef(staging);
+    sender->staging_keep = keep ? PyLong_AsSsize_t(keep) : -1;
+    Py_XDECREF(keep);
+    if (PyErr_Occurred())
+        return -1;
+    sender->staging_free = PyObject_GetAttrString(staging, "free");
+    if (!sender->staging_free)
+        return -1;
+    sender->staging_line = PyObject_GetAttrString(staging, "line");
+    if (!sender->staging_line)
+        return -1;
+    if (PyList_Check(sender->staging_free) && PyDict_Check(sender->staging_line))
+        return 0;
+    PyErr_SetString(PyExc_TypeError, "staging: free is a list, and line a dict");
+    return -1;
+}
+
 static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"table",        "qp",         "cq",       "max_inline", "credit_queue",
@@ -634,7 +677,8 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
     sender->spins = (char)spins;
     sender->credit_queue = Py_NewRef(credit_queue);
     sender->slot_queue = Py_NewRef(slot_queue);
-    sender->staging = Py_NewRef(staging);
+    if (set_staging(sender, staging))
+        return -1;
     sender->table = (Table *)Py_NewRef(table);
     return 0;
 }
@@ -651,6 +695,8 @@ static int sender_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(sender->credit_queue);
     Py_VISIT(sender->slot_queue);
     Py_VISIT(sender->staging);
+    Py_VISIT(sender->staging_free);
+    Py_VISIT(sender->staging_line);
     Py_VISIT(sender->connection);
     Py_VISIT(sender->loop);
     Py_VISIT((PyObject *)sender->governor);
@@ -694,6 +740,8 @@ static void sender_dealloc(PyObject *self)
     Py_CLEAR(sender->credit_queue);
     Py_CLEAR(sender->slot_queue);
     Py_CLEAR(sender->staging);
+    Py_CLEAR(sender->staging_free);
+    Py_CLEAR(sender->staging_line);
     Py_CLEAR(sender->table);
     PyMem_Free(sender->gathered);
     object_free(self);

@@ -48,7 +48,7 @@ async def test_no_lost_wakeup(pair: MakePair, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["busy", "adaptive"])
 async def test_spinning_takes_no_longer_than_there_is_time(pair: MakePair, mode: str) -> None:
-    """Those that a poll on a turn of the loop wakes spin in their turn, and work: none of that counts as its own."""
+    """Those that a poll on a turn of the loop wakes spin in their turn, and work: that is no part of its own."""
     both = await pair(Config(mode=mode, inline_spin_us=1000))  # type: ignore[arg-type]
 
     async def work(end: Connection) -> None:

@@ -77,7 +77,7 @@ async def test_messages_in_staging_buffers(pair: MakePair) -> None:
     """They need no slot, several share a doorbell, and when they are confirmed no buffer is lent any more."""
     both = await pair(OWN_WINDOW)
     sends, staging = both.client._sends, both.client._staging
-    free = len(staging._free)
+    free = len(staging.free)
     sizes = [small(both.client) + 1, both.client.eager_size, 5, 1000]
     messages = [bytes([i]) * size for i, size in enumerate(sizes * 5)]
     await asyncio.sleep(0)
@@ -87,8 +87,8 @@ async def test_messages_in_staging_buffers(pair: MakePair) -> None:
     assert [await both.server.recv() for _ in messages] == messages
     await both.client.flush()
     assert staging.registered
-    assert len(staging._free) >= free
-    assert not any(chunk.used for chunk in staging._chunks)
+    assert len(staging.free) >= free
+    assert len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
 
 
 async def test_messages_of_one_doorbell_each(pair: MakePair) -> None:
@@ -108,7 +108,7 @@ async def test_no_staging_buffer_is_lost_with_a_connection(pair: MakePair) -> No
     staging = both.client._staging
     both.client.fail(ConnectionLostError("by the test"))
     await asyncio.gather(both.client.wait_closed(), both.server.wait_closed())
-    assert not any(chunk.used for chunk in staging._chunks)
+    assert len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
 
 
 async def test_what_is_sent_may_change_at_once(pair: MakePair) -> None:
