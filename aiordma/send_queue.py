@@ -642,8 +642,8 @@ class SendQueue(Sender):
         self._failed(status, vendor_err, "send", None)
 
     def write_failed(self, write: Write, status: int, vendor_err: int) -> None:
-        """A write that went the short way failed."""
-        self._failed(status, vendor_err, "write", write)
+        """A write or a read that went the short way failed."""
+        self._failed(status, vendor_err, write.kind, write)
 
     def idle(self) -> None:
         """After the end: the device has nothing of ours any more."""

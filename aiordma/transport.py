@@ -663,8 +663,13 @@ class Connection(Endpoint):
             operation.data = view
         return operation
 
-    def read(self, remote: RemoteRegion) -> Operation:
-        """Reads all of ``remote`` (RDMA READ). Awaiting returns the bytes. Errors as :meth:`write`."""
+    if TYPE_CHECKING:
+
+        def read(self, remote: RemoteRegion) -> asyncio.Future[bytes]:
+            """Reads all of ``remote`` (RDMA READ). Awaiting returns the bytes. Errors as :meth:`write`."""
+
+    def _read_later(self, remote: RemoteRegion) -> Operation:
+        """:meth:`read` of what could not leave at once."""
         return self._sends.submit(self._read(remote))
 
     def _read(self, remote: RemoteRegion) -> Operation:

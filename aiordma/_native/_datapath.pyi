@@ -1,7 +1,7 @@
 from asyncio import AbstractEventLoop, Future
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -125,8 +125,10 @@ class Region:
     def length(self) -> int: ...
 
 class Write(Future[Any]):
-    """A small write under way, awaitable once or often; what asyncio.Future has, it has."""
+    """A small write or read under way, awaitable once or often; what asyncio.Future has, it has."""
 
+    @property
+    def kind(self) -> Literal["write", "read"]: ...
     @property
     def data(self) -> Any: ...
     @property
@@ -235,13 +237,14 @@ class Receiver:
     def put_back(self, item: Any, /) -> None: ...
 
 class Endpoint:
-    """What is done at once of a connection's messages and writes."""
+    """What is done at once of a connection's messages, writes and reads."""
 
     _sends: Any
     _receives: Any
 
     def send(self, data: Any, /) -> Future[Any]: ...
     def write(self, data: Any, remote: Any, *, notify: int | None = None) -> Future[Any]: ...
+    def read(self, remote: Any) -> Future[bytes]: ...
     def recv(self) -> Coroutine[Any, Any, bytes]: ...
     def __aiter__(self) -> Self: ...
     def __anext__(self) -> Coroutine[Any, Any, bytes]: ...

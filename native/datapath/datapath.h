@@ -303,11 +303,15 @@ typedef struct {
 
 enum write_state { WRITE_NEW, WRITE_POSTED, WRITE_DONE, WRITE_FAILED, WRITE_CANCELLED };
 
-/* A small write, from the call to the completion. While it is posted it is in the pending table, and in the list of
- * its sender in the order of posting. */
+/* A small write or read, from the call to the completion. While it is posted it is in the pending table, and in the
+ * list of its sender in the order of posting. */
 typedef struct Write {
     PyObject_HEAD
     Sender *sender;
+    PyObject *landing;   /* of a read: the staging buffer it comes to, while that is lent */
+    uint64_t address;    /* of the landing */
+    uint32_t nbytes;     /* of a read; 0: a write */
+    PyObject *value;     /* of a read that is done */
     PyObject *data;      /* until it is posted */
     Region *region;      /* likewise */
     PyObject *future;    /* made when somebody has to wait */
@@ -336,7 +340,7 @@ struct frame {
     uint32_t length;
     uint32_t rkey;    /* of a write */
     uint32_t lkey;    /* of a staging buffer */
-    bool staged;      /* a message in a staging buffer; else inline */
+    bool staged;      /* in a staging buffer; else inline */
 };
 
 /* Those that wait for the end of a turn. */
@@ -372,6 +376,7 @@ struct Sender {
     PyObject *staging;      /* StagingPool, with its list of free buffers and those who wait for one */
     PyObject *staging_free, *staging_line;
     Py_ssize_t staging_keep; /* so many free ones need not be looked at by the pool */
+    size_t staging_size;     /* bytes of one */
     PyObject *credit_queue, *slot_queue; /* who waits, in Python: nothing passes them */
     struct objects staged;  /* its buffers that we hold, in the order of their messages */
     PyObject *connection, *loop;
@@ -394,6 +399,10 @@ static inline void sender_fetch(const Sender *sender, const void *ledger, const 
 int sender_send(Sender *sender, PyObject *data);
 /* A small write that nothing holds up, under way. NULL: it has to wait, or there is an exception. */
 Write *sender_write(Sender *sender, PyObject *data, PyObject *region);
+/* A small read, likewise. */
+Write *sender_read(Sender *sender, PyObject *region);
+/* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference. */
+void sender_give(Sender *sender, PyObject *buffer);
 
 int sender_flush(Sender *sender);  /* -1 and an exception of a callback */
 
@@ -408,11 +417,14 @@ int write_completed(Write *write, const struct glue_wc *wc);
 /* write.c */
 Write *write_new(Sender *sender);
 void writes_forget(Sender *sender);                    /* the queue pair is gone */
+void write_give_back(Write *write);                    /* the device is done with the landing of a read, if it is one */
+void writes_give_back(Sender *sender);                 /* with all of them */
+PyObject *ready_with(PyObject *value);                 /* what an await that is over iterates over; steals the value */
 void writes_drop(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
 void write_refused(Write *write, PyObject *error);
 int writes_fail(Sender *sender, PyObject *make_error); /* -1 and an exception */
 int write_posting(Write *write, struct ibv_send_wr *wr); /* enters the table; -1 and an exception */
-bool region_allows(const Region *region, const Sender *sender, size_t nbytes); /* region.c */
+bool region_allows(const Region *region, const Sender *sender, size_t nbytes, unsigned int right); /* region.c */
 
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
@@ -421,13 +433,13 @@ extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_
 extern PyObject *cancelled_error, *invalid_state_error, *closed_error;
 extern PyObject *running_loop;   /* asyncio._get_running_loop */
 extern PyObject *copy_context;   /* contextvars.copy_context */
-extern PyObject *ready_iterator; /* the one Ready */
+extern PyObject *ready_iterator; /* the one Ready for None */
 extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
     *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
-    *name_send_later, *name_write_later;
+    *name_send_later, *name_write_later, *name_read_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
     governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec, endpoint_spec;

@@ -1,4 +1,4 @@
-/* What a user calls for every small message and write. Connection derives from this type and has all the rest: what
+/* What a user calls for every small message, write and read. Connection derives from this type and has all the rest: what
  * cannot be done at once goes to its methods of the same names with `later`. No Python runs in between. */
 #include "datapath.h"
 
@@ -29,9 +29,9 @@ static PyObject *endpoint_send(PyObject *self, PyObject *data)
 }
 
 /* The method takes the arguments as they are. */
-static PyObject *write_later(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+static PyObject *later(PyObject *self, PyObject *name, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    PyObject *method = PyObject_GetAttr(self, name_write_later), *positional = PyTuple_New(count), *result = NULL;
+    PyObject *method = PyObject_GetAttr(self, name), *positional = PyTuple_New(count), *result = NULL;
     PyObject *named = names ? PyDict_New() : NULL;
     bool made = method && positional && (named || !names);
 
@@ -57,7 +57,20 @@ static PyObject *endpoint_write(PyObject *self, PyObject *const *args, Py_ssize_
         if (write || PyErr_Occurred())
             return (PyObject *)write;
     }
-    return write_later(self, args, count, names);
+    return later(self, name_write_later, args, count, names);
+}
+
+static PyObject *endpoint_read(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Sender *sender = ((Endpoint *)self)->sends;
+
+    if (count == 1 && !names && sender) {
+        Write *read = sender_read(sender, args[0]);
+
+        if (read || PyErr_Occurred())
+            return (PyObject *)read;
+    }
+    return later(self, name_read_later, args, count, names);
 }
 
 static PyObject *next_message(PyObject *self, bool iterates)
@@ -159,6 +172,9 @@ static PyMethodDef endpoint_methods[] = {
      "write($self, data, remote, *, notify=None)\n--\n\n"
      "Writes a buffer object to the start of `remote` (RDMA WRITE). Awaiting returns None when the data is in the peer's\n"
      "memory. `notify` (0 to 2**32 - 1) also wakes the peer's notified() with that value."},
+    {"read", (PyCFunction)(void (*)(void))endpoint_read, METH_FASTCALL | METH_KEYWORDS,
+     "read($self, remote)\n--\n\n"
+     "Reads all of `remote` (RDMA READ). Awaiting returns the bytes."},
     {"recv", endpoint_recv, METH_NOARGS,
      "recv($self, /)\n--\n\n"
      "The next message, in the order they were sent; several receivers are served in turn. Cancelled: no message is\n"
@@ -176,7 +192,7 @@ static PyType_Slot endpoint_slots[] = {
     {Py_tp_dealloc, endpoint_dealloc}, {Py_tp_traverse, endpoint_traverse}, {Py_tp_clear, endpoint_clear},
     {Py_tp_methods, endpoint_methods}, {Py_tp_getset, endpoint_getset},
     {Py_am_aiter, PyObject_SelfIter},  {Py_am_anext, endpoint_anext},
-    {Py_tp_doc, "What is done at once of a connection's messages and writes."},
+    {Py_tp_doc, "What is done at once of a connection's messages, writes and reads."},
     {0, NULL},
 };
 

@@ -2,12 +2,12 @@
  * words for what is not allowed. */
 #include "datapath.h"
 
-bool region_allows(const Region *region, const Sender *sender, size_t nbytes)
+bool region_allows(const Region *region, const Sender *sender, size_t nbytes, unsigned int right)
 {
     const Grant *grant = region->grant;
 
     return grant->connection == sender->connection && nbytes <= region->length &&
-           (grant->rights & IBV_ACCESS_REMOTE_WRITE) && !grant->revoked;
+           (grant->rights & right) && !grant->revoked;
 }
 
 static int grant_init(PyObject *self, PyObject *args, PyObject *kwargs)

@@ -67,8 +67,7 @@ static int give_staging(Sender *sender, PyObject *buffer)
     return result ? 0 : -1;
 }
 
-/* A staging buffer is not needed any more; that may call others who wait for one. */
-static void give_buffer(Sender *sender, PyObject *buffer)
+void sender_give(Sender *sender, PyObject *buffer)
 {
     if (give_staging(sender, buffer))
         table_unraisable(sender->table);
@@ -81,7 +80,7 @@ static void give_back(Sender *sender, Py_ssize_t count)
     PyObject *buffer;
 
     while (count-- && (buffer = objects_pop(&sender->staged)))
-        give_buffer(sender, buffer);
+        sender_give(sender, buffer);
 }
 
 int group_completed(Group *group, const struct glue_wc *wc)
@@ -168,7 +167,7 @@ static int make_request(Sender *sender, struct frame *frame, struct ibv_send_wr 
     }
     if (!frame->write)
         return message_posting(sender, frame, wr);
-    wr->opcode = IBV_WR_RDMA_WRITE;
+    wr->opcode = frame->write->nbytes ? IBV_WR_RDMA_READ : IBV_WR_RDMA_WRITE;
     wr->wr.rdma.remote_addr = frame->remote;
     wr->wr.rdma.rkey = frame->rkey;
     if (write_posting(frame->write, wr))
@@ -205,6 +204,7 @@ static int refused(Sender *sender, struct frame *frames, unsigned int count, int
             continue;
         sender->writes--;
         write_refused(frames[i].write, error);
+        write_give_back(frames[i].write);
         Py_CLEAR(frames[i].write);
     }
     writes_drop(sender, writes, error);
@@ -253,7 +253,7 @@ static int post(Sender *sender, struct frame *frames, unsigned int count)
         return 0;
     }
     for (missed = 0; bad; bad = bad->next)
-        missed += bad->opcode == IBV_WR_RDMA_WRITE;
+        missed += bad->opcode != IBV_WR_SEND;
     return refused(sender, frames, count, rc, missed);
 }
 
@@ -358,31 +358,49 @@ static int locate(PyObject *buffer, struct frame *frame)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* A staging buffer for the next message, the last of `staged` then. 1: it is at frame->address; 0: there is none, or
- * the message may not go any more; -1 and an exception. */
-static int take_buffer(Sender *sender, struct frame *frame)
+/* Leaves the exception that is set, if there is one. */
+static void hand_back(Sender *sender, PyObject *buffer)
 {
-    PyObject *buffer = take_staging(sender);
     PyObject *type, *value, *traceback;
-    int rc;
 
-    if (!buffer)
+    PyErr_Fetch(&type, &value, &traceback);
+    sender_give(sender, buffer);
+    PyErr_Restore(type, value, traceback);
+}
+
+/* A staging buffer for a frame. 1: it is at frame->address; 0: there is none; -1 and an exception. May have collected
+ * garbage, and so run anything. */
+static int borrow(Sender *sender, struct frame *frame, PyObject **buffer)
+{
+    *buffer = take_staging(sender);
+    if (!*buffer)
         return -1;
-    if (buffer == Py_None) {
-        Py_DECREF(buffer);
+    if (*buffer == Py_None) {
+        Py_CLEAR(*buffer);
         return 0;
     }
-    /* Taking it may have collected garbage, and so run anything. */
-    rc = locate(buffer, frame) ? -1 : may_send(sender);
+    if (!locate(*buffer, frame))
+        return 1;
+    hand_back(sender, *buffer);
+    *buffer = NULL;
+    return -1;
+}
+
+/* For the next message: it is the last of `staged` then. 0 also when the message may not go any more. */
+static int take_buffer(Sender *sender, struct frame *frame)
+{
+    PyObject *buffer;
+    int rc = borrow(sender, frame, &buffer);
+
+    if (rc <= 0)
+        return rc;
+    rc = may_send(sender);
     if (rc > 0 && objects_append(&sender->staged, buffer))
         rc = -1;
-    if (rc > 0) {
+    if (rc > 0)
         Py_DECREF(buffer);
-        return rc;
-    }
-    PyErr_Fetch(&type, &value, &traceback);
-    give_buffer(sender, buffer);
-    PyErr_Restore(type, value, traceback);
+    else
+        hand_back(sender, buffer);
     return rc;
 }
 
@@ -462,7 +480,8 @@ static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_
         PyErr_Clear();
         return false;
     }
-    if ((size_t)view->len <= sender->stride && region_allows(region, sender, (size_t)view->len))
+    if ((size_t)view->len <= sender->stride &&
+        region_allows(region, sender, (size_t)view->len, IBV_ACCESS_REMOTE_WRITE))
         return true;
     PyBuffer_Release(view);
     return false;
@@ -508,6 +527,47 @@ Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
     if (rc)
         Py_CLEAR(write);
     return write;
+}
+
+static bool may_read(Sender *sender, const Region *region, bool at_once)
+{
+    return region->length && region->length <= sender->staging_size &&
+           region_allows(region, sender, region->length, IBV_ACCESS_REMOTE_READ) && may_write(sender, at_once);
+}
+
+/* Its buffer goes back with it, should it not go this way. */
+static int post_read(Sender *sender, Write *read, const Region *region, bool at_once)
+{
+    struct frame frame = {0};
+    int goes = borrow(sender, &frame, &read->landing);
+
+    if (goes <= 0)
+        return goes;
+    if (!may_read(sender, region, at_once)) {
+        write_give_back(read);
+        return 0;
+    }
+    read->address = frame.address;
+    read->nbytes = frame.length = (uint32_t)region->length;
+    frame.remote = region->grant->address + region->offset;
+    frame.rkey = region->grant->rkey;
+    frame.write = (Write *)Py_NewRef((PyObject *)read);
+    sender->writes++;
+    return go_out(sender, &frame, at_once) ? -1 : 1;
+}
+
+Write *sender_read(Sender *sender, PyObject *region)
+{
+    Write *read;
+    bool at_once;
+
+    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type))
+        return NULL;
+    at_once = begins_turn(sender);
+    read = may_read(sender, (Region *)region, at_once) ? write_new(sender) : NULL;
+    if (read && post_read(sender, read, (Region *)region, at_once) <= 0)
+        Py_CLEAR(read);
+    return read;
 }
 
 /* A write for later: True when it would go this way now. */
@@ -586,6 +646,13 @@ static void drop_frames(Sender *sender)
     sender->queued = 0;
 }
 
+static void give_back_frames(Sender *sender)
+{
+    for (unsigned int i = 0; i < sender->queued; i++)
+        if (sender->gathered->frame[i].write)
+            write_give_back(sender->gathered->frame[i].write);
+}
+
 /* The queue pair is gone: no completion comes any more. */
 static PyObject *forget(PyObject *self, PyObject *unused)
 {
@@ -596,7 +663,9 @@ static PyObject *forget(PyObject *self, PyObject *unused)
     if (!sender->table)
         Py_RETURN_NONE;
     leave_dirty(sender);
+    give_back_frames(sender);
     drop_frames(sender);
+    writes_give_back(sender);
     writes_forget(sender);
     for (int i = 0; i < GROUPS; i++)
         table_remove(sender->table, sender->groups[i]->wr_id, (PyObject *)sender->groups[i]);
@@ -624,14 +693,25 @@ static int make_groups(Sender *sender)
     return 0;
 }
 
+static Py_ssize_t number_of(PyObject *object, const char *name) /* -1 and an exception */
+{
+    PyObject *value = PyObject_GetAttrString(object, name);
+    Py_ssize_t number = value ? PyLong_AsSsize_t(value) : -1;
+
+    Py_XDECREF(value);
+    return number;
+}
+
 static int set_staging(Sender *sender, PyObject *staging)
 {
-    PyObject *keep = PyObject_GetAttrString(staging, "keep");
+    Py_ssize_t size = number_of(staging, "size");
 
+    if (size < 0)
+        return -1;
     sender->staging = Py_NewRef(staging);
-    sender->staging_keep = keep ? PyLong_AsSsize_t(keep) : -1;
-    Py_XDECREF(keep);
-    if (PyErr_Occurred())
+    sender->staging_size = (size_t)size;
+    sender->staging_keep = number_of(staging, "keep");
+    if (sender->staging_keep < 0)
         return -1;
     sender->staging_free = PyObject_GetAttrString(staging, "free");
     if (!sender->staging_free)

@@ -1,8 +1,12 @@
-/* A small write: an awaitable with the habits of asyncio's futures, which is an entry of the pending table itself.
+/* A small write or read: an awaitable with the habits of asyncio's futures, which is an entry of the pending table
+ * itself.
  *
- * Most are awaited at once and complete inside the await, so no future is made before somebody has to wait. Writes of
- * one queue pair complete in the order they were posted: of those that share a doorbell only the last is signaled,
- * and its completion is that of all before it. */
+ * Most are awaited at once and complete inside the await, so no future is made before somebody has to wait. Work
+ * requests of one queue pair complete in the order they were posted: of those that share a doorbell only the last is
+ * signaled, and its completion is that of all before it.
+ *
+ * A read lands in a staging buffer, which is the device's until the read has completed, also after its wait was
+ * cancelled; then the bytes are copied out of it, for whoever still waits. */
 #include "datapath.h"
 
 static bool is_over(const Write *write)
@@ -44,6 +48,11 @@ static int schedule_callbacks(Write *write)
     return rc;
 }
 
+static PyObject *outcome(const Write *write)
+{
+    return write->value ? write->value : Py_None;
+}
+
 /* The state is final: wakes who waits. -1 and an exception. */
 static int tell(Write *write)
 {
@@ -56,7 +65,7 @@ static int tell(Write *write)
         Py_DECREF(done);
         if (done == Py_False) {
             if (write->state == WRITE_DONE)
-                result = PyObject_CallMethodObjArgs(write->future, name_set_result, Py_None, NULL);
+                result = PyObject_CallMethodObjArgs(write->future, name_set_result, outcome(write), NULL);
             else if (write->state == WRITE_CANCELLED)
                 result = PyObject_CallMethod(write->future, "cancel", NULL);
             else
@@ -108,6 +117,26 @@ static int notice_cancellation(Write *write)
     return cancelled > 0 ? end(write, WRITE_CANCELLED, NULL) : cancelled;
 }
 
+/* The device is done with it, and all went well. */
+static int succeed(Write *write)
+{
+    PyObject *type, *error, *traceback;
+    int rc;
+
+    if (!write->nbytes || is_over(write))
+        return end(write, WRITE_DONE, NULL);
+    write->value = PyBytes_FromStringAndSize((const char *)(uintptr_t)write->address, write->nbytes);
+    if (write->value)
+        return end(write, WRITE_DONE, NULL);
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    rc = end(write, WRITE_FAILED, error);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
+    return rc;
+}
+
 /* --- the device -------------------------------------------------------------------------------------- */
 
 int write_posting(Write *write, struct ibv_send_wr *wr)
@@ -141,6 +170,15 @@ static void not_posted(Sender *sender, Write *write)
     sender->writes--;
     sender->posted--;
     sender->table->waiting--;
+}
+
+void write_give_back(Write *write)
+{
+    PyObject *landing = write->landing;
+
+    write->landing = NULL;
+    if (landing)
+        sender_give(write->sender, landing);
 }
 
 /* Takes the first write off the list of its sender; its reference is the caller's. */
@@ -180,8 +218,9 @@ int write_completed(Write *write, const struct glue_wc *wc)
         last = first == write;
         if (last && wc->status != IBV_WC_SUCCESS)
             rc = failed(first, wc);
-        else if (end(first, WRITE_DONE, NULL))
+        else if (succeed(first))
             table_unraisable(sender->table);
+        write_give_back(first);
         Py_DECREF((PyObject *)first);
     }
     if (!rc && !sender->open && !sender->posted)
@@ -190,6 +229,12 @@ int write_completed(Write *write, const struct glue_wc *wc)
         rc = sender_pump(sender);
     Py_DECREF((PyObject *)sender);
     return rc;
+}
+
+void writes_give_back(Sender *sender)
+{
+    for (Write *write = sender->first; write; write = write->next)
+        write_give_back(write);
 }
 
 void writes_forget(Sender *sender)
@@ -223,15 +268,21 @@ void writes_drop(Sender *sender, unsigned int count, PyObject *error)
 
         not_posted(sender, write);
         write_refused(write, error);
+        write_give_back(write);
         Py_DECREF((PyObject *)write);
         write = next;
     }
 }
 
+static const char *kind(const Write *write)
+{
+    return write->nbytes ? "read" : "write";
+}
+
 int writes_fail(Sender *sender, PyObject *make_error)
 {
     for (Write *write = sender->first, *next; write; write = next) {
-        PyObject *error = is_over(write) ? NULL : PyObject_CallFunction(make_error, "s", "write");
+        PyObject *error = is_over(write) ? NULL : PyObject_CallFunction(make_error, "s", kind(write));
 
         Py_INCREF((PyObject *)write);
         if (error)
@@ -287,13 +338,13 @@ static PyObject *future_of(Write *write)
 static PyObject *set_outcome(const Write *write)
 {
     if (write->state == WRITE_DONE)
-        Py_RETURN_NONE;
+        return Py_NewRef(outcome(write));
     if (write->state == WRITE_FAILED && write->error)
         PyErr_SetObject((PyObject *)Py_TYPE(write->error), write->error);
     else if (write->state == WRITE_CANCELLED)
         PyErr_SetObject(cancelled_error, write->message);
     else
-        PyErr_SetString(invalid_state_error, "the write has not ended");
+        PyErr_Format(invalid_state_error, "the %s has not ended", kind(write));
     return NULL;
 }
 
@@ -330,10 +381,9 @@ static PyObject *write_await(PyObject *self)
     if (spin_for(write))
         return NULL;
     if (is_over(write)) {
-        PyObject *none = set_outcome(write);
+        PyObject *value = set_outcome(write);
 
-        Py_XDECREF(none);
-        return none ? Py_NewRef(ready_iterator) : NULL;
+        return value ? ready_with(value) : NULL;
     }
     future = future_of(write);
     return future ? PyObject_CallMethod(future, "__await__", NULL) : NULL;
@@ -372,6 +422,8 @@ static PyObject *write_exception(PyObject *self, PyObject *unused)
         return NULL;
     if (write->state == WRITE_FAILED && write->error)
         return Py_NewRef(write->error);
+    if (write->state == WRITE_DONE)
+        Py_RETURN_NONE;
     return set_outcome(write);
 }
 
@@ -500,7 +552,7 @@ static PyObject *write_repr(PyObject *self)
 {
     static const char *const states[] = {"not posted", "posted", "done", "failed", "cancelled"};
 
-    return PyUnicode_FromFormat("<Write %s>", states[((Write *)self)->state]);
+    return PyUnicode_FromFormat("<%s %s>", kind((Write *)self), states[((Write *)self)->state]);
 }
 
 static int write_traverse(PyObject *self, visitproc visit, void *arg)
@@ -510,6 +562,7 @@ static int write_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT((PyObject *)write->sender);
     Py_VISIT(write->data);
     Py_VISIT((PyObject *)write->region);
+    Py_VISIT(write->landing);
     Py_VISIT(write->future);
     Py_VISIT(write->callbacks);
     Py_VISIT(write->error);
@@ -524,6 +577,8 @@ static int write_clear(PyObject *self)
 
     Py_CLEAR(write->data);
     Py_CLEAR(write->region);
+    Py_CLEAR(write->landing);
+    Py_CLEAR(write->value);
     Py_CLEAR(write->future);
     Py_CLEAR(write->callbacks);
     Py_CLEAR(write->error);
@@ -544,11 +599,11 @@ static void write_dealloc(PyObject *self)
 static PyMethodDef write_methods[] = {
     {"done", write_done, METH_NOARGS, "True when it has ended, failed or was cancelled."},
     {"cancelled", write_cancelled, METH_NOARGS, "True when it was cancelled."},
-    {"result", write_result, METH_NOARGS, "None, or raises as await does; InvalidStateError before the end."},
+    {"result", write_result, METH_NOARGS, "As await has it or raises it; InvalidStateError before the end."},
     {"exception", write_exception, METH_NOARGS, "The error it failed with, or None."},
     {"_make_cancelled_error", write_make_cancelled_error, METH_NOARGS, "For asyncio.gather()."},
     {"_notice", write_notice, METH_O, "The future that tasks wait for has ended."},
-    {"cancel", (PyCFunction)(void (*)(void))write_cancel, METH_VARARGS | METH_KEYWORDS, "Abandons the wait: the write happens all the same, once it is posted."},
+    {"cancel", (PyCFunction)(void (*)(void))write_cancel, METH_VARARGS | METH_KEYWORDS, "Abandons the wait: it happens all the same, once it is posted."},
     {"fail", write_fail, METH_O, "fail(error): ends the wait, if it has not ended."},
     {"follow", write_follow, METH_O, "follow(future): ends as that future did."},
     {"spin", write_spin, METH_NOARGS, "Polls for it, as await does before it goes to the event loop."},
@@ -559,7 +614,14 @@ static PyMethodDef write_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyObject *get_kind(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyUnicode_FromString(kind((Write *)self));
+}
+
 static PyGetSetDef write_getset[] = {
+    {"kind", get_kind, NULL, "\"write\" or \"read\".", NULL},
     {"_asyncio_future_blocking", get_blocking, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -577,8 +639,9 @@ static PyType_Slot write_slots[] = {
     {Py_tp_methods, write_methods}, {Py_tp_getset, write_getset},     {Py_tp_members, write_members},
     {Py_am_await, write_await},     {Py_tp_iter, write_await},        {Py_tp_repr, write_repr},
     {Py_tp_doc,
-     "A small write under way, awaitable once or often; what asyncio.Future has, it has.\n\n"
-     "Cancelling abandons the wait: the write happens all the same, once it is posted."},
+     "A small write or read under way, awaitable once or often; what asyncio.Future has, it has. The result of a read\n"
+     "is its bytes.\n\n"
+     "Cancelling abandons the wait: it happens all the same, once it is posted."},
     {0, NULL},
 };
 
@@ -591,32 +654,63 @@ PyType_Spec write_spec = {
 
 /* --- an await that is over at once ------------------------------------------------------------------- */
 
-static PyObject *ready_next(PyObject *self)
+typedef struct {
+    PyObject_HEAD
+    PyObject *value; /* NULL: None */
+} Ready;
+
+PyObject *ready_with(PyObject *value)
 {
-    (void)self;
-    return NULL; /* the end, with None as the value */
+    Ready *ready;
+
+    if (value == Py_None) {
+        Py_DECREF(value);
+        return Py_NewRef(ready_iterator);
+    }
+    ready = (Ready *)PyType_GenericAlloc((PyTypeObject *)Py_TYPE(ready_iterator), 0);
+    if (ready)
+        ready->value = value;
+    else
+        Py_DECREF(value);
+    return (PyObject *)ready;
 }
 
+/* Needs no exception to say that it is the end. */
 static PySendResult ready_send(PyObject *self, PyObject *unused, PyObject **value)
 {
-    (void)self;
+    PyObject *held = ((Ready *)self)->value;
+
     (void)unused;
-    *value = Py_NewRef(Py_None);
+    *value = Py_NewRef(held ? held : Py_None);
     return PYGEN_RETURN;
 }
 
+static PyObject *ready_next(PyObject *self)
+{
+    PyObject *value;
+    PySendResult sent = ready_send(self, NULL, &value);
+
+    return sent_as_iterator(sent, value);
+}
+
+static void ready_dealloc(PyObject *self)
+{
+    Py_CLEAR(((Ready *)self)->value);
+    object_free(self);
+}
+
 static PyType_Slot ready_slots[] = {
-    {Py_tp_dealloc, object_free},
+    {Py_tp_dealloc, ready_dealloc},
     {Py_tp_iter, PyObject_SelfIter},
     {Py_tp_iternext, ready_next},
-    {Py_am_send, (void *)ready_send}, /* needs no exception to say that it is the end */
+    {Py_am_send, (void *)ready_send},
     {Py_tp_doc, "What the await of something that is done iterates over."},
     {0, NULL},
 };
 
 PyType_Spec ready_spec = {
     .name = "aiordma._native._datapath.Ready",
-    .basicsize = sizeof(PyObject),
+    .basicsize = sizeof(Ready),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = ready_slots,
 };
