@@ -285,6 +285,7 @@ class SendQueue(Sender):
         max_message: int,
         governor: Governor | None,
         spins: bool,
+        atomics: bool,
         failed: Callable[[int, int, str, Operation | Write | None], None],
         broken: Callable[[DeviceError], None],
     ) -> None:
@@ -302,6 +303,7 @@ class SendQueue(Sender):
             loop=asyncio.get_running_loop(),
             governor=governor,
             spins=spins,
+            atomics=atomics,
         )
         self.spin: Callable[[SpinningFuture], None] = self._spin
         self._spins = spins

@@ -312,6 +312,7 @@ class Connection(Endpoint):
             max_message=min(self.route.choice.port.max_message or _MAX_PIECE, _MAX_PIECE),
             governor=reactor.governor if adaptive else None,
             spins=config.mode != "event",
+            atomics=self._adapter.attributes.atomics,
             failed=self._completion_failed,
             broken=self._fail_with,
         )
@@ -703,18 +704,31 @@ class Connection(Endpoint):
             operation.pinned = self._adapter.pool.pin(view[:nbytes], writable=True)
         return operation
 
-    def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
-        """Adds ``value`` (-2**63 to 2**64 - 1, modulo 2**64) to 8 remote bytes, atomically among the operations
-        of the peer's device. Awaiting returns the old value (unsigned, in the peer's byte order as an integer).
+    if TYPE_CHECKING:
 
-        ``remote`` is 8 bytes long and at an address that is a multiple of 8. Errors as :meth:`write`.
-        """
-        return self._sends.submit(self._atomic("fetch_add", FETCH_ADD, remote, _word("value", value), 0))
+        def fetch_add(self, remote: RemoteRegion, value: int) -> asyncio.Future[int]:
+            """Adds ``value`` (-2**63 to 2**64 - 1, modulo 2**64) to 8 remote bytes, atomically among the operations
+            of the peer's device. Awaiting returns the old value (unsigned, in the peer's byte order as an integer).
 
-    def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
-        """Replaces 8 remote bytes by ``desired`` if they are ``expected``, atomically. Awaiting returns the old
-        value: equal to ``expected`` when it was replaced. Range, alignment and errors as :meth:`fetch_add`."""
+            ``remote`` is 8 bytes long and at an address that is a multiple of 8. Errors as :meth:`write`.
+            """
+
+        def compare_swap(
+            self, remote: RemoteRegion, expected: int, desired: int
+        ) -> asyncio.Future[int]:
+            """Replaces 8 remote bytes by ``desired`` if they are ``expected``, atomically. Awaiting returns the old
+            value: equal to ``expected`` when it was replaced. Range, alignment and errors as :meth:`fetch_add`."""
+
+    def _fetch_add_later(self, remote: RemoteRegion, value: int) -> Operation:
+        """:meth:`fetch_add` of what could not leave at once."""
+        return self._sends.submit(self._fetch_add(remote, value))
+
+    def _compare_swap_later(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
+        """:meth:`compare_swap` of what could not leave at once."""
         return self._sends.submit(self._compare_swap(remote, expected, desired))
+
+    def _fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
+        return self._atomic("fetch_add", FETCH_ADD, remote, _word("value", value), 0)
 
     def _compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
         words = _word("expected", expected), _word("desired", desired)
@@ -1229,7 +1243,7 @@ class Batch:
 
     def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
         """As :meth:`Connection.fetch_add`."""
-        return self._add(self._connection._atomic("fetch_add", FETCH_ADD, remote, _word("value", value), 0))
+        return self._add(self._connection._fetch_add(remote, value))
 
     def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
         """As :meth:`Connection.compare_swap`."""

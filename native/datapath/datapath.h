@@ -303,15 +303,17 @@ typedef struct {
 
 enum write_state { WRITE_NEW, WRITE_POSTED, WRITE_DONE, WRITE_FAILED, WRITE_CANCELLED };
 
-/* A small write or read, from the call to the completion. While it is posted it is in the pending table, and in the
- * list of its sender in the order of posting. */
+/* A small write, read or atomic operation, from the call to the completion. While it is posted it is in the pending
+ * table, and in the list of its sender in the order of posting. */
 typedef struct Write {
     PyObject_HEAD
     Sender *sender;
-    PyObject *landing;   /* of a read: the staging buffer it comes to, while that is lent */
-    uint64_t address;    /* of the landing */
-    uint32_t nbytes;     /* of a read; 0: a write */
-    PyObject *value;     /* of a read that is done */
+    enum ibv_wr_opcode opcode;
+    uint32_t nbytes;            /* that come back; 0: of a write */
+    PyObject *landing;          /* the staging buffer they come to, while that is lent */
+    uint64_t address;           /* of it */
+    uint64_t compare_add, swap; /* of an atomic operation */
+    PyObject *value;            /* of what is done, if bytes came back */
     PyObject *data;      /* until it is posted */
     Region *region;      /* likewise */
     PyObject *future;    /* made when somebody has to wait */
@@ -370,7 +372,7 @@ struct Sender {
     unsigned int queued;
     unsigned int eager;     /* bytes of a message that goes this way; agreed with the peer */
     unsigned int writes;
-    char dirty, open, spins;
+    char dirty, open, spins, atomics;
     char may_wait;          /* somebody may be in one of these two: set by Python, cleared here */
     Group *groups[GROUPS];
     PyObject *staging;      /* StagingPool, with its list of free buffers and those who wait for one */
@@ -399,8 +401,8 @@ static inline void sender_fetch(const Sender *sender, const void *ledger, const 
 int sender_send(Sender *sender, PyObject *data);
 /* A small write that nothing holds up, under way. NULL: it has to wait, or there is an exception. */
 Write *sender_write(Sender *sender, PyObject *data, PyObject *region);
-/* A small read, likewise. */
-Write *sender_read(Sender *sender, PyObject *region);
+/* A small read or an atomic operation, likewise: what has an answer. */
+Write *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
 /* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference. */
 void sender_give(Sender *sender, PyObject *buffer);
 
@@ -415,9 +417,9 @@ int group_completed(Group *group, const struct glue_wc *wc);
 int write_completed(Write *write, const struct glue_wc *wc);
 
 /* write.c */
-Write *write_new(Sender *sender);
+Write *write_new(Sender *sender, enum ibv_wr_opcode opcode);
 void writes_forget(Sender *sender);                    /* the queue pair is gone */
-void write_give_back(Write *write);                    /* the device is done with the landing of a read, if it is one */
+void write_give_back(Write *write);                    /* the device is done with its landing, if it has one */
 void writes_give_back(Sender *sender);                 /* with all of them */
 PyObject *ready_with(PyObject *value);                 /* what an await that is over iterates over; steals the value */
 void writes_drop(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
@@ -439,7 +441,8 @@ int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
     *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
-    *name_send_later, *name_write_later, *name_read_later;
+    *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
+    *name_compare_swap_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
     governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec, endpoint_spec;

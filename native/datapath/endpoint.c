@@ -1,4 +1,4 @@
-/* What a user calls for every small message, write and read. Connection derives from this type and has all the rest: what
+/* What a user calls for every small message and one-sided operation. Connection derives from this type and has all the rest: what
  * cannot be done at once goes to its methods of the same names with `later`. No Python runs in between. */
 #include "datapath.h"
 
@@ -65,12 +65,56 @@ static PyObject *endpoint_read(PyObject *self, PyObject *const *args, Py_ssize_t
     Sender *sender = ((Endpoint *)self)->sends;
 
     if (count == 1 && !names && sender) {
-        Write *read = sender_read(sender, args[0]);
+        Write *read = sender_ask(sender, args[0], IBV_WR_RDMA_READ, 0, 0);
 
         if (read || PyErr_Occurred())
             return (PyObject *)read;
     }
     return later(self, name_read_later, args, count, names);
+}
+
+/* -2**63 to 2**64 - 1, modulo 2**64. False: it is something else, of which others say what is wrong. */
+static bool to_word(PyObject *value, uint64_t *word)
+{
+    int overflow;
+    long long small;
+
+    if (!PyLong_CheckExact(value))
+        return false;
+    small = PyLong_AsLongLongAndOverflow(value, &overflow);
+    *word = overflow > 0 ? PyLong_AsUnsignedLongLong(value) : (uint64_t)small;
+    if (!PyErr_Occurred())
+        return overflow >= 0;
+    PyErr_Clear();
+    return false;
+}
+
+static PyObject *endpoint_fetch_add(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Sender *sender = ((Endpoint *)self)->sends;
+    uint64_t value;
+
+    if (count == 2 && !names && sender && to_word(args[1], &value)) {
+        Write *ask = sender_ask(sender, args[0], IBV_WR_ATOMIC_FETCH_AND_ADD, value, 0);
+
+        if (ask || PyErr_Occurred())
+            return (PyObject *)ask;
+    }
+    return later(self, name_fetch_add_later, args, count, names);
+}
+
+static PyObject *endpoint_compare_swap(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Sender *sender = ((Endpoint *)self)->sends;
+    uint64_t expected, desired;
+
+    if (count == 3 && !names && sender && to_word(args[1], &expected) && to_word(args[2], &desired)) {
+        Write *ask = sender_ask(sender, args[0], IBV_WR_ATOMIC_CMP_AND_SWP, expected, desired);
+
+        if (ask || PyErr_Occurred())
+            return (PyObject *)ask;
+    }
+    return later(self, name_compare_swap_later, args, count, names);
 }
 
 static PyObject *next_message(PyObject *self, bool iterates)
@@ -175,6 +219,12 @@ static PyMethodDef endpoint_methods[] = {
     {"read", (PyCFunction)(void (*)(void))endpoint_read, METH_FASTCALL | METH_KEYWORDS,
      "read($self, remote)\n--\n\n"
      "Reads all of `remote` (RDMA READ). Awaiting returns the bytes."},
+    {"fetch_add", (PyCFunction)(void (*)(void))endpoint_fetch_add, METH_FASTCALL | METH_KEYWORDS,
+     "fetch_add($self, remote, value)\n--\n\n"
+     "Adds `value` to 8 remote bytes, atomically. Awaiting returns the old value."},
+    {"compare_swap", (PyCFunction)(void (*)(void))endpoint_compare_swap, METH_FASTCALL | METH_KEYWORDS,
+     "compare_swap($self, remote, expected, desired)\n--\n\n"
+     "Replaces 8 remote bytes by `desired` if they are `expected`, atomically. Awaiting returns the old value."},
     {"recv", endpoint_recv, METH_NOARGS,
      "recv($self, /)\n--\n\n"
      "The next message, in the order they were sent; several receivers are served in turn. Cancelled: no message is\n"
@@ -192,7 +242,7 @@ static PyType_Slot endpoint_slots[] = {
     {Py_tp_dealloc, endpoint_dealloc}, {Py_tp_traverse, endpoint_traverse}, {Py_tp_clear, endpoint_clear},
     {Py_tp_methods, endpoint_methods}, {Py_tp_getset, endpoint_getset},
     {Py_am_aiter, PyObject_SelfIter},  {Py_am_anext, endpoint_anext},
-    {Py_tp_doc, "What is done at once of a connection's messages, writes and reads."},
+    {Py_tp_doc, "What is done at once of a connection's messages and one-sided operations."},
     {0, NULL},
 };
 

@@ -8,7 +8,8 @@ PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *inval
     *copy_context, *running_loop;
 PyObject *ready_iterator;
 PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle,
-    *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_send_later, *name_write_later, *name_read_later;
+    *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_send_later, *name_write_later, *name_read_later,
+    *name_fetch_add_later, *name_compare_swap_later;
 
 int call_none(PyObject *object, PyObject *name)
 {
@@ -67,6 +68,8 @@ static const struct {
     {"_send_later", &name_send_later},
     {"_write_later", &name_write_later},
     {"_read_later", &name_read_later},
+    {"_fetch_add_later", &name_fetch_add_later},
+    {"_compare_swap_later", &name_compare_swap_later},
 };
 
 static const struct {

@@ -153,6 +153,11 @@ static int message_posting(Sender *sender, const struct frame *frame, struct ibv
     return 0;
 }
 
+static bool is_atomic(enum ibv_wr_opcode opcode)
+{
+    return opcode == IBV_WR_ATOMIC_FETCH_AND_ADD || opcode == IBV_WR_ATOMIC_CMP_AND_SWP;
+}
+
 /* The work request of a frame. -1 and an exception. */
 static int make_request(Sender *sender, struct frame *frame, struct ibv_send_wr *wr, struct ibv_sge *sge)
 {
@@ -167,9 +172,16 @@ static int make_request(Sender *sender, struct frame *frame, struct ibv_send_wr 
     }
     if (!frame->write)
         return message_posting(sender, frame, wr);
-    wr->opcode = frame->write->nbytes ? IBV_WR_RDMA_READ : IBV_WR_RDMA_WRITE;
-    wr->wr.rdma.remote_addr = frame->remote;
-    wr->wr.rdma.rkey = frame->rkey;
+    wr->opcode = frame->write->opcode;
+    if (is_atomic(wr->opcode)) {
+        wr->wr.atomic.remote_addr = frame->remote;
+        wr->wr.atomic.rkey = frame->rkey;
+        wr->wr.atomic.compare_add = frame->write->compare_add;
+        wr->wr.atomic.swap = frame->write->swap;
+    } else {
+        wr->wr.rdma.remote_addr = frame->remote;
+        wr->wr.rdma.rkey = frame->rkey;
+    }
     if (write_posting(frame->write, wr))
         return -1;
     Py_CLEAR(frame->write);
@@ -514,7 +526,7 @@ Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
         !fits(sender, data, (Region *)region, &view))
         return NULL;
     at_once = begins_turn(sender);
-    write = may_write(sender, at_once) ? write_new(sender) : NULL;
+    write = may_write(sender, at_once) ? write_new(sender, IBV_WR_RDMA_WRITE) : NULL;
     if (write && may_write(sender, at_once)) { /* making it may have collected garbage, and so run anything */
         unsigned char *at = inline_room(sender, here, at_once);
         struct frame frame = make_write(sender, write, (Region *)region, &view, at);
@@ -529,45 +541,59 @@ Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
     return write;
 }
 
-static bool may_read(Sender *sender, const Region *region, bool at_once)
+static bool may_ask(Sender *sender, const Region *region, enum ibv_wr_opcode opcode, bool at_once)
 {
-    return region->length && region->length <= sender->staging_size &&
-           region_allows(region, sender, region->length, IBV_ACCESS_REMOTE_READ) && may_write(sender, at_once);
+    uint64_t nbytes = region->length;
+
+    if (is_atomic(opcode)) {
+        if (!sender->atomics || nbytes != 8 || (region->grant->address + region->offset) % 8 ||
+            !region_allows(region, sender, 8, IBV_ACCESS_REMOTE_ATOMIC))
+            return false;
+    } else if (!nbytes || !region_allows(region, sender, nbytes, IBV_ACCESS_REMOTE_READ)) {
+        return false;
+    }
+    return nbytes <= sender->staging_size && may_write(sender, at_once);
 }
 
-/* Its buffer goes back with it, should it not go this way. */
-static int post_read(Sender *sender, Write *read, const Region *region, bool at_once)
+/* 1: it is on its way; 0: it does not go this way; -1 and an exception. */
+static int post_ask(Sender *sender, Write *ask, const Region *region, bool at_once)
 {
     struct frame frame = {0};
-    int goes = borrow(sender, &frame, &read->landing);
+    int goes = borrow(sender, &frame, &ask->landing);
 
     if (goes <= 0)
         return goes;
-    if (!may_read(sender, region, at_once)) {
-        write_give_back(read);
+    if (!may_ask(sender, region, ask->opcode, at_once)) { /* any more */
+        write_give_back(ask);
         return 0;
     }
-    read->address = frame.address;
-    read->nbytes = frame.length = (uint32_t)region->length;
+    ask->address = frame.address;
+    ask->nbytes = frame.length = (uint32_t)region->length;
     frame.remote = region->grant->address + region->offset;
     frame.rkey = region->grant->rkey;
-    frame.write = (Write *)Py_NewRef((PyObject *)read);
+    frame.write = (Write *)Py_NewRef((PyObject *)ask);
     sender->writes++;
     return go_out(sender, &frame, at_once) ? -1 : 1;
 }
 
-Write *sender_read(Sender *sender, PyObject *region)
+Write *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap)
 {
-    Write *read;
+    Write *ask;
     bool at_once;
 
     if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type))
         return NULL;
     at_once = begins_turn(sender);
-    read = may_read(sender, (Region *)region, at_once) ? write_new(sender) : NULL;
-    if (read && post_read(sender, read, (Region *)region, at_once) <= 0)
-        Py_CLEAR(read);
-    return read;
+    if (!may_ask(sender, (Region *)region, opcode, at_once))
+        return NULL;
+    ask = write_new(sender, opcode);
+    if (!ask)
+        return NULL;
+    ask->compare_add = compare_add;
+    ask->swap = swap;
+    if (post_ask(sender, ask, (Region *)region, at_once) <= 0)
+        Py_CLEAR(ask);
+    return ask;
 }
 
 /* A write for later: True when it would go this way now. */
@@ -584,7 +610,7 @@ static PyObject *prepare_write(PyObject *self, PyObject *args)
         !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     PyBuffer_Release(&view);
-    write = write_new(sender);
+    write = write_new(sender, IBV_WR_RDMA_WRITE);
     if (!write)
         return NULL;
     write->data = Py_NewRef(data);
@@ -728,16 +754,17 @@ static int set_staging(Sender *sender, PyObject *staging)
 static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"table",        "qp",         "cq",       "max_inline", "credit_queue",
-                            "slot_queue",   "staging",    "connection", "loop",     "governor",   "spins", NULL};
+                            "slot_queue",   "staging",    "connection", "loop",     "governor",   "spins",
+                            "atomics",      NULL};
     Sender *sender = (Sender *)self;
     unsigned long long qp, cq;
     unsigned long max_inline;
     PyObject *table, *credit_queue, *slot_queue, *staging, *connection, *loop, *value;
     Governor *governor;
-    int spins;
+    int spins, atomics;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKkOOOOOOp", names, table_type, &table, &qp, &cq, &max_inline,
-                                     &credit_queue, &slot_queue, &staging, &connection, &loop, &value, &spins))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKkOOOOOOpp", names, table_type, &table, &qp, &cq, &max_inline,
+                                     &credit_queue, &slot_queue, &staging, &connection, &loop, &value, &spins, &atomics))
         return -1;
     if (governor_of(value, &governor))
         return -1;
@@ -755,6 +782,7 @@ static int sender_init(PyObject *self, PyObject *args, PyObject *kwargs)
     sender->loop = Py_NewRef(loop);
     sender->governor = (Governor *)Py_XNewRef((PyObject *)governor);
     sender->spins = (char)spins;
+    sender->atomics = (char)atomics;
     sender->credit_queue = Py_NewRef(credit_queue);
     sender->slot_queue = Py_NewRef(slot_queue);
     if (set_staging(sender, staging))

@@ -1,12 +1,12 @@
-/* A small write or read: an awaitable with the habits of asyncio's futures, which is an entry of the pending table
- * itself.
+/* A small write, read or atomic operation: an awaitable with the habits of asyncio's futures, which is an entry of the
+ * pending table itself.
  *
  * Most are awaited at once and complete inside the await, so no future is made before somebody has to wait. Work
  * requests of one queue pair complete in the order they were posted: of those that share a doorbell only the last is
  * signaled, and its completion is that of all before it.
  *
- * A read lands in a staging buffer, which is the device's until the read has completed, also after its wait was
- * cancelled; then the bytes are copied out of it, for whoever still waits. */
+ * What comes back lands in a staging buffer, which is the device's until the completion, also after the wait was
+ * cancelled; then it is copied out of there, for whoever still waits. */
 #include "datapath.h"
 
 static bool is_over(const Write *write)
@@ -117,6 +117,18 @@ static int notice_cancellation(Write *write)
     return cancelled > 0 ? end(write, WRITE_CANCELLED, NULL) : cancelled;
 }
 
+/* What came back. NULL and an exception. */
+static PyObject *landed(const Write *write)
+{
+    const char *at = (const char *)(uintptr_t)write->address;
+    uint64_t word;
+
+    if (write->opcode == IBV_WR_RDMA_READ)
+        return PyBytes_FromStringAndSize(at, write->nbytes);
+    memcpy(&word, at, sizeof(word)); /* the device has put it there in the order of this machine */
+    return PyLong_FromUnsignedLongLong(word);
+}
+
 /* The device is done with it, and all went well. */
 static int succeed(Write *write)
 {
@@ -125,7 +137,7 @@ static int succeed(Write *write)
 
     if (!write->nbytes || is_over(write))
         return end(write, WRITE_DONE, NULL);
-    write->value = PyBytes_FromStringAndSize((const char *)(uintptr_t)write->address, write->nbytes);
+    write->value = landed(write);
     if (write->value)
         return end(write, WRITE_DONE, NULL);
     PyErr_Fetch(&type, &error, &traceback);
@@ -276,7 +288,16 @@ void writes_drop(Sender *sender, unsigned int count, PyObject *error)
 
 static const char *kind(const Write *write)
 {
-    return write->nbytes ? "read" : "write";
+    switch (write->opcode) {
+    case IBV_WR_RDMA_READ:
+        return "read";
+    case IBV_WR_ATOMIC_FETCH_AND_ADD:
+        return "fetch_add";
+    case IBV_WR_ATOMIC_CMP_AND_SWP:
+        return "compare_swap";
+    default:
+        return "write";
+    }
 }
 
 int writes_fail(Sender *sender, PyObject *make_error)
@@ -296,12 +317,14 @@ int writes_fail(Sender *sender, PyObject *make_error)
     return 0;
 }
 
-Write *write_new(Sender *sender)
+Write *write_new(Sender *sender, enum ibv_wr_opcode opcode)
 {
     Write *write = (Write *)PyType_GenericAlloc(write_type, 0);
 
-    if (write)
+    if (write) {
         write->sender = (Sender *)Py_NewRef((PyObject *)sender);
+        write->opcode = opcode;
+    }
     return write;
 }
 
@@ -621,7 +644,7 @@ static PyObject *get_kind(PyObject *self, void *unused)
 }
 
 static PyGetSetDef write_getset[] = {
-    {"kind", get_kind, NULL, "\"write\" or \"read\".", NULL},
+    {"kind", get_kind, NULL, "The method it is of, such as \"write\".", NULL},
     {"_asyncio_future_blocking", get_blocking, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -639,8 +662,7 @@ static PyType_Slot write_slots[] = {
     {Py_tp_methods, write_methods}, {Py_tp_getset, write_getset},     {Py_tp_members, write_members},
     {Py_am_await, write_await},     {Py_tp_iter, write_await},        {Py_tp_repr, write_repr},
     {Py_tp_doc,
-     "A small write or read under way, awaitable once or often; what asyncio.Future has, it has. The result of a read\n"
-     "is its bytes.\n\n"
+     "A small write, read or atomic operation under way, awaitable once or often; what asyncio.Future has, it has.\n\n"
      "Cancelling abandons the wait: it happens all the same, once it is posted."},
     {0, NULL},
 };
