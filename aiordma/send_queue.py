@@ -9,7 +9,8 @@ nothing passes a write that was issued before it.
 A message that is copied and that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no
 completion of its own. It is the device's as soon as it was copied, and so are messages on the way described here
 once they are posted: then send() is done. That everything sent before has arrived is told by a marker
-(:meth:`SendQueue.confirm`). Small writes take the short way too (native/datapath/write.c), with a completion.
+(:meth:`SendQueue.confirm`). Small one-sided operations take the short way too, each with a completion of its own
+(native/datapath/one_sided.c).
 
 Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
 travels inline (staging.py); so it needs no registration of its own, and the caller's buffer is free as soon as the
@@ -27,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
-from ._native._datapath import Governor, Sender, Write
+from ._native._datapath import Governor, OneSided, Sender
 from .cq_reactor import CqReactor, now_ns
 from .errors import DeviceError, call_failed
 from .mr_pool import Lease
@@ -286,7 +287,7 @@ class SendQueue(Sender):
         governor: Governor | None,
         spins: bool,
         atomics: bool,
-        failed: Callable[[int, int, str, Operation | Write | None], None],
+        failed: Callable[[int, int, str, Operation | OneSided | None], None],
         broken: Callable[[DeviceError], None],
     ) -> None:
         self._credit_queue: deque[Operation] = deque()
@@ -643,9 +644,9 @@ class SendQueue(Sender):
         """One of them failed."""
         self._failed(status, vendor_err, "send", None)
 
-    def write_failed(self, write: Write, status: int, vendor_err: int) -> None:
-        """A write or a read that went the short way failed."""
-        self._failed(status, vendor_err, write.kind, write)
+    def one_sided_failed(self, operation: OneSided, status: int, vendor_err: int) -> None:
+        """One that went the short way failed."""
+        self._failed(status, vendor_err, operation.kind, operation)
 
     def idle(self) -> None:
         """After the end: the device has nothing of ours any more."""
@@ -867,7 +868,7 @@ class SendQueue(Sender):
         for slot in self._slots:
             if slot.operation is not None:
                 slot.operation.fail(make_error(slot.operation.kind))
-        self.fail_writes(make_error)
+        self.fail_one_sided(make_error)
 
     def close(self) -> None:
         """The queue pair is gone: nothing can touch the memory any more."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
-from ._native._datapath import Buffer, Endpoint, Grant, Write
+from ._native._datapath import Buffer, Endpoint, Grant, OneSided
 from ._native._memory import new_bytes
 from .adapter import Route
 from .buffers import bytes_view
@@ -707,17 +707,17 @@ class Connection(Endpoint):
     if TYPE_CHECKING:
 
         def fetch_add(self, remote: RemoteRegion, value: int) -> asyncio.Future[int]:
-            """Adds ``value`` (-2**63 to 2**64 - 1, modulo 2**64) to 8 remote bytes, atomically among the operations
-            of the peer's device. Awaiting returns the old value (unsigned, in the peer's byte order as an integer).
+            """Adds ``value`` (-2**63 to 2**64 - 1, modulo 2**64) to 8 remote bytes, atomically among the
+            operations of the peer's device. Awaiting returns the old value (unsigned, in the peer's byte order as
+            an integer).
 
             ``remote`` is 8 bytes long and at an address that is a multiple of 8. Errors as :meth:`write`.
             """
 
-        def compare_swap(
-            self, remote: RemoteRegion, expected: int, desired: int
-        ) -> asyncio.Future[int]:
-            """Replaces 8 remote bytes by ``desired`` if they are ``expected``, atomically. Awaiting returns the old
-            value: equal to ``expected`` when it was replaced. Range, alignment and errors as :meth:`fetch_add`."""
+        def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> asyncio.Future[int]:
+            """Replaces 8 remote bytes by ``desired`` if they are ``expected``, atomically. Awaiting returns the
+            old value: equal to ``expected`` when it was replaced. Range, alignment and errors as
+            :meth:`fetch_add`."""
 
     def _fetch_add_later(self, remote: RemoteRegion, value: int) -> Operation:
         """:meth:`fetch_add` of what could not leave at once."""
@@ -886,7 +886,7 @@ class Connection(Endpoint):
     # --- failure -------------------------------------------------------------------------------------
 
     def _completion_failed(
-        self, status: int, vendor_err: int, kind: str, operation: Operation | Write | None
+        self, status: int, vendor_err: int, kind: str, operation: Operation | OneSided | None
     ) -> None:
         """A work request ended in an error: the first one that is not a flush names the reason."""
         error = completion_error(
@@ -1219,7 +1219,7 @@ class Batch:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._operations: list[Operation | Write] = []
+        self._operations: list[Operation | OneSided] = []
 
     def _add(self, operation: Operation) -> Operation:
         operation._spin = None
@@ -1276,7 +1276,7 @@ class Batch:
                 each.cancel()
             raise
 
-    def _slow(self, operation: Operation | Write) -> Operation:
+    def _slow(self, operation: Operation | OneSided) -> Operation:
         """A write that nothing held up when it was made, and that has to wait now."""
         if isinstance(operation, Operation):
             return operation
@@ -1285,10 +1285,10 @@ class Batch:
         return slow
 
 
-async def _all_ended(operations: list[Operation | Write]) -> None:
+async def _all_ended(operations: list[Operation | OneSided]) -> None:
     """Waits for all, the last one first, for they end in order; raises the first error in the order given."""
     for operation in reversed(operations):
-        if isinstance(operation, Write):
+        if isinstance(operation, OneSided):
             operation.spin()
         if not operation.done():
             await asyncio.wait([operation])

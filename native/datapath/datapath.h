@@ -5,17 +5,17 @@
  * back into the Python classes that derive from these types, and there is no second copy of the logic on either side.
  *
  * ledger.c   Ledger    the counters of protocol/credit.py that move with each frame (the type is in ledger_type.c)
- * inbox.c    Inbox     items in order of arrival, and who waits for them
- * wait.c     Wait      what a task awaits there, and how it is woken
- * next.c     Next      the await of what comes next there: polls, waits, takes it
- * table.c    Table     the pending table: work-request id to object; polls, and hands out completions
- * receive.c  Ring, Buffer, Receiver: posted receives, and messages that arrive in them
- * users.c    the receivers of a ring, by queue pair
- * send.c     Sender, Group: messages, copied once, several to a doorbell, few of them signaled
- * write.c    Write: a small one-sided write, likewise; awaitable
- * region.c   Grant, Region: what the peer lets us write to
- * spin.c     Governor, and spinning inside an await
- * endpoint.c Endpoint: what a user calls, of all this
+ * inbox.c     Inbox     items in order of arrival, and who waits for them
+ * wait.c      Wait      what a task awaits there, and how it is woken
+ * next.c      Next      the await of what comes next there: polls, waits, takes it
+ * table.c     Table     the pending table: work-request id to object; polls, and hands out completions
+ * receive.c   Ring, Buffer, Receiver: posted receives, and messages that arrive in them
+ * users.c     the receivers of a ring, by queue pair
+ * send.c      Sender, Group: messages, copied once, several to a doorbell, few of them signaled
+ * one_sided.c OneSided: a small write, read or atomic operation, likewise; awaitable
+ * region.c    Grant, Region: what the peer lets us into
+ * spin.c      Governor, and spinning inside an await
+ * endpoint.c  Endpoint: what a user calls, of all this
  *
  * Everything runs with the GIL held, which is the only lock; it is released while spinning. Objects of one
  * connection or reactor are used from one thread (their event loop's). Verbs objects are given as addresses by who
@@ -301,11 +301,11 @@ typedef struct {
     unsigned long long offset, length;
 } Region;
 
-enum write_state { WRITE_NEW, WRITE_POSTED, WRITE_DONE, WRITE_FAILED, WRITE_CANCELLED };
+enum one_sided_state { OP_NEW, OP_POSTED, OP_DONE, OP_FAILED, OP_CANCELLED };
 
 /* A small write, read or atomic operation, from the call to the completion. While it is posted it is in the pending
  * table, and in the list of its sender in the order of posting. */
-typedef struct Write {
+typedef struct OneSided {
     PyObject_HEAD
     Sender *sender;
     enum ibv_wr_opcode opcode;
@@ -321,26 +321,26 @@ typedef struct Write {
     PyObject *error;
     PyObject *message; /* of cancel(), or NULL */
     PyObject *weakrefs;
-    struct Write *next; /* posted after this one; a reference of the list */
+    struct OneSided *next; /* posted after this one; a reference of the list */
     uint64_t wr_id;
     long long started_ns;
-    enum write_state state;
+    enum one_sided_state state;
     char in_table;
-} Write;
+} OneSided;
 
 #define MESSAGES 64 /* in flight */
 #define GROUP 16    /* messages at most; the last one is signaled */
 #define GROUPS 16   /* more than MESSAGES / GROUP, for some are closed before they are full */
 #define FRAMES 32   /* that wait for the end of a turn */
-#define WRITES 64   /* in flight */
+#define ONE_SIDED 64   /* in flight */
 
 /* One work request that is put together. */
 struct frame {
     uint64_t address; /* of its bytes */
-    uint64_t remote;  /* of a write */
-    Write *write;     /* NULL: a message */
+    uint64_t remote;  /* of an operation */
+    OneSided *op;     /* NULL: a message */
     uint32_t length;
-    uint32_t rkey;    /* of a write */
+    uint32_t rkey;    /* likewise */
     uint32_t lkey;    /* of a staging buffer */
     bool staged;      /* in a staging buffer; else inline */
 };
@@ -371,7 +371,7 @@ struct Sender {
     unsigned int in_flight; /* messages queued here or in a group that has not completed */
     unsigned int queued;
     unsigned int eager;     /* bytes of a message that goes this way; agreed with the peer */
-    unsigned int writes;
+    unsigned int one_sided; /* operations queued here or in flight */
     char dirty, open, spins, atomics;
     char may_wait;          /* somebody may be in one of these two: set by Python, cleared here */
     Group *groups[GROUPS];
@@ -384,7 +384,7 @@ struct Sender {
     PyObject *connection, *loop;
     struct ibv_cq *cq;
     Governor *governor; /* or NULL */
-    Write *first, *last; /* posted writes, in order */
+    OneSided *first, *last; /* posted ones, in order */
     long long posted;
 };
 
@@ -400,9 +400,9 @@ static inline void sender_fetch(const Sender *sender, const void *ledger, const 
 /* 1: the message is on its way; 0: it needs SendQueue.submit(), which also says what is wrong; -1 and an exception. */
 int sender_send(Sender *sender, PyObject *data);
 /* A small write that nothing holds up, under way. NULL: it has to wait, or there is an exception. */
-Write *sender_write(Sender *sender, PyObject *data, PyObject *region);
+OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region);
 /* A small read or an atomic operation, likewise: what has an answer. */
-Write *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
+OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
 /* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference. */
 void sender_give(Sender *sender, PyObject *buffer);
 
@@ -414,23 +414,23 @@ int sender_control(Sender *sender); /* credits are due; -1 and an exception */
 /* What table.c hands completions to without Python in between. -1 and an exception. */
 int buffer_completed(Buffer *buffer, const struct glue_wc *wc);
 int group_completed(Group *group, const struct glue_wc *wc);
-int write_completed(Write *write, const struct glue_wc *wc);
+int one_sided_completed(OneSided *op, const struct glue_wc *wc);
 
-/* write.c */
-Write *write_new(Sender *sender, enum ibv_wr_opcode opcode);
-void writes_forget(Sender *sender);                    /* the queue pair is gone */
-void write_give_back(Write *write);                    /* the device is done with its landing, if it has one */
-void writes_give_back(Sender *sender);                 /* with all of them */
+/* one_sided.c */
+OneSided *one_sided_new(Sender *sender, enum ibv_wr_opcode opcode);
+void one_sided_forget_all(Sender *sender);                    /* the queue pair is gone */
+void one_sided_give_back(OneSided *op);                      /* the device is done with its landing, if it has one */
+void one_sided_give_back_all(Sender *sender);                 /* with all of them */
 PyObject *ready_with(PyObject *value);                 /* what an await that is over iterates over; steals the value */
-void writes_drop(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
-void write_refused(Write *write, PyObject *error);
-int writes_fail(Sender *sender, PyObject *make_error); /* -1 and an exception */
-int write_posting(Write *write, struct ibv_send_wr *wr); /* enters the table; -1 and an exception */
+void one_sided_drop_last(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
+void one_sided_refused(OneSided *op, PyObject *error);
+int one_sided_fail_all(Sender *sender, PyObject *make_error); /* -1 and an exception */
+int one_sided_posting(OneSided *op, struct ibv_send_wr *wr); /* enters the table; -1 and an exception */
 bool region_allows(const Region *region, const Sender *sender, size_t nbytes, unsigned int right); /* region.c */
 
 /* module.c */
 extern PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type, *next_type,
+    *sender_type, *governor_type, *grant_type, *region_type, *one_sided_type, *ready_type, *wait_type, *next_type,
     *endpoint_type;
 extern PyObject *cancelled_error, *invalid_state_error, *closed_error;
 extern PyObject *running_loop;   /* asyncio._get_running_loop */
@@ -445,6 +445,6 @@ extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *n
     *name_compare_swap_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,
-    governor_spec, grant_spec, region_spec, write_spec, ready_spec, wait_spec, next_spec, endpoint_spec;
+    governor_spec, grant_spec, region_spec, one_sided_spec, ready_spec, wait_spec, next_spec, endpoint_spec;
 
 #endif

@@ -52,10 +52,10 @@ static PyObject *endpoint_write(PyObject *self, PyObject *const *args, Py_ssize_
     Sender *sender = ((Endpoint *)self)->sends;
 
     if (count == 2 && !names && sender) {
-        Write *write = sender_write(sender, args[0], args[1]);
+        OneSided *op = sender_write(sender, args[0], args[1]);
 
-        if (write || PyErr_Occurred())
-            return (PyObject *)write;
+        if (op || PyErr_Occurred())
+            return (PyObject *)op;
     }
     return later(self, name_write_later, args, count, names);
 }
@@ -65,10 +65,10 @@ static PyObject *endpoint_read(PyObject *self, PyObject *const *args, Py_ssize_t
     Sender *sender = ((Endpoint *)self)->sends;
 
     if (count == 1 && !names && sender) {
-        Write *read = sender_ask(sender, args[0], IBV_WR_RDMA_READ, 0, 0);
+        OneSided *op = sender_ask(sender, args[0], IBV_WR_RDMA_READ, 0, 0);
 
-        if (read || PyErr_Occurred())
-            return (PyObject *)read;
+        if (op || PyErr_Occurred())
+            return (PyObject *)op;
     }
     return later(self, name_read_later, args, count, names);
 }
@@ -95,10 +95,10 @@ static PyObject *endpoint_fetch_add(PyObject *self, PyObject *const *args, Py_ss
     uint64_t value;
 
     if (count == 2 && !names && sender && to_word(args[1], &value)) {
-        Write *ask = sender_ask(sender, args[0], IBV_WR_ATOMIC_FETCH_AND_ADD, value, 0);
+        OneSided *op = sender_ask(sender, args[0], IBV_WR_ATOMIC_FETCH_AND_ADD, value, 0);
 
-        if (ask || PyErr_Occurred())
-            return (PyObject *)ask;
+        if (op || PyErr_Occurred())
+            return (PyObject *)op;
     }
     return later(self, name_fetch_add_later, args, count, names);
 }
@@ -109,10 +109,10 @@ static PyObject *endpoint_compare_swap(PyObject *self, PyObject *const *args, Py
     uint64_t expected, desired;
 
     if (count == 3 && !names && sender && to_word(args[1], &expected) && to_word(args[2], &desired)) {
-        Write *ask = sender_ask(sender, args[0], IBV_WR_ATOMIC_CMP_AND_SWP, expected, desired);
+        OneSided *op = sender_ask(sender, args[0], IBV_WR_ATOMIC_CMP_AND_SWP, expected, desired);
 
-        if (ask || PyErr_Occurred())
-            return (PyObject *)ask;
+        if (op || PyErr_Occurred())
+            return (PyObject *)op;
     }
     return later(self, name_compare_swap_later, args, count, names);
 }

@@ -2,7 +2,7 @@
 #include "datapath.h"
 
 PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *receiver_type, *group_type,
-    *sender_type, *governor_type, *grant_type, *region_type, *write_type, *ready_type, *wait_type,
+    *sender_type, *governor_type, *grant_type, *region_type, *one_sided_type, *ready_type, *wait_type,
     *next_type, *endpoint_type;
 PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *closed_error,
     *copy_context, *running_loop;
@@ -42,7 +42,7 @@ static const struct {
     {"Buffer", &buffer_spec, &buffer_type},       {"Receiver", &receiver_spec, &receiver_type},
     {"Group", &group_spec, &group_type},          {"Sender", &sender_spec, &sender_type},
     {"Governor", &governor_spec, &governor_type}, {"Grant", &grant_spec, &grant_type},
-    {"Region", &region_spec, &region_type},       {"Write", &write_spec, &write_type},
+    {"Region", &region_spec, &region_type},       {"OneSided", &one_sided_spec, &one_sided_type},
     {"Ready", &ready_spec, &ready_type},          {"Wait", &wait_spec, &wait_type},
     {"Next", &next_spec, &next_type},
     {"Endpoint", &endpoint_spec, &endpoint_type},

@@ -1,4 +1,4 @@
-/* Messages that are copied, and small writes, on their way out.
+/* Messages that are copied, and small one-sided operations, on their way out.
  *
  * A message that fits the inline data of the device and finds its credit is copied here and is the device's: it
  * needs no slot, no registered memory and no completion of its own. The first one of a turn of the loop leaves at
@@ -10,7 +10,7 @@
  *
  * Everything else goes through SendQueue, which derives from Sender: it posts after flush(), never before, and
  * nothing here passes who waits in its queues. Called back there: pump(), send_control(), message_failed(status,
- * vendor_err), write_failed(write, status, vendor_err), message_refused(errno), idle(). */
+ * vendor_err), one_sided_failed(operation, status, vendor_err), message_refused(errno), idle(). */
 #include "datapath.h"
 
 #include <arpa/inet.h>
@@ -170,21 +170,21 @@ static int make_request(Sender *sender, struct frame *frame, struct ibv_send_wr 
         wr->num_sge = 1;
         wr->send_flags = frame->staged ? 0 : IBV_SEND_INLINE;
     }
-    if (!frame->write)
+    if (!frame->op)
         return message_posting(sender, frame, wr);
-    wr->opcode = frame->write->opcode;
+    wr->opcode = frame->op->opcode;
     if (is_atomic(wr->opcode)) {
         wr->wr.atomic.remote_addr = frame->remote;
         wr->wr.atomic.rkey = frame->rkey;
-        wr->wr.atomic.compare_add = frame->write->compare_add;
-        wr->wr.atomic.swap = frame->write->swap;
+        wr->wr.atomic.compare_add = frame->op->compare_add;
+        wr->wr.atomic.swap = frame->op->swap;
     } else {
         wr->wr.rdma.remote_addr = frame->remote;
         wr->wr.rdma.rkey = frame->rkey;
     }
-    if (write_posting(frame->write, wr))
+    if (one_sided_posting(frame->op, wr))
         return -1;
-    Py_CLEAR(frame->write);
+    Py_CLEAR(frame->op);
     return 0;
 }
 
@@ -201,9 +201,9 @@ static void leave_dirty(Sender *sender)
     sender->dirty = 0;
 }
 
-/* The device did not take requests, the last `writes` writes in the list among them, or there was no memory to make
- * them: nothing may be posted behind the gap, and their writes, like those still in a frame, end with the error. */
-static int refused(Sender *sender, struct frame *frames, unsigned int count, int rc, unsigned int writes)
+/* The device did not take requests, the last `listed` operations in the list among them, or there was no memory to make
+ * them: nothing may be posted behind the gap, and their operations, like those still in a frame, end with the error. */
+static int refused(Sender *sender, struct frame *frames, unsigned int count, int rc, unsigned int listed)
 {
     PyObject *error;
 
@@ -212,14 +212,14 @@ static int refused(Sender *sender, struct frame *frames, unsigned int count, int
     if (!error)
         return -1;
     for (unsigned int i = 0; i < count; i++) {
-        if (!frames[i].write)
+        if (!frames[i].op)
             continue;
-        sender->writes--;
-        write_refused(frames[i].write, error);
-        write_give_back(frames[i].write);
-        Py_CLEAR(frames[i].write);
+        sender->one_sided--;
+        one_sided_refused(frames[i].op, error);
+        one_sided_give_back(frames[i].op);
+        Py_CLEAR(frames[i].op);
     }
-    writes_drop(sender, writes, error);
+    one_sided_drop_last(sender, listed, error);
     Py_DECREF(error);
     return 0;
 }
@@ -231,32 +231,32 @@ static int post(Sender *sender, struct frame *frames, unsigned int count)
     struct ibv_send_wr wrs[FRAMES], *bad = NULL;
     struct ibv_sge sges[FRAMES];
     unsigned int missed = 0;
-    struct ibv_send_wr *last_write = NULL, *last_message = NULL;
+    struct ibv_send_wr *last_op = NULL, *last_message = NULL;
     bool staged = false;
     long long now = 0;
     int rc;
 
     for (unsigned int i = 0; i < count; i++) {
-        Write *write = frames[i].write;
+        OneSided *op = frames[i].op;
 
-        if (write) {
-            last_write = &wrs[i];
+        if (op) {
+            last_op = &wrs[i];
             if (sender->governor)
-                write->started_ns = now = now ? now : now_ns();
+                op->started_ns = now = now ? now : now_ns();
         }
         if (make_request(sender, &frames[i], &wrs[i], &sges[i])) {
             PyErr_Clear();
             return refused(sender, frames, count, ENOMEM, missed);
         }
-        missed += write != NULL;
-        if (!write) {
+        missed += op != NULL;
+        if (!op) {
             last_message = &wrs[i];
             staged |= frames[i].staged;
         }
         wrs[i].next = i + 1 < count ? &wrs[i + 1] : NULL;
     }
-    if (last_write)
-        last_write->send_flags |= IBV_SEND_SIGNALED;
+    if (last_op)
+        last_op->send_flags |= IBV_SEND_SIGNALED;
     if (staged && !(last_message->send_flags & IBV_SEND_SIGNALED))
         close_group(sender, last_message);
     rc = ibv_post_send(sender->qp, wrs, &bad);
@@ -478,10 +478,10 @@ static PyObject *send_first(PyObject *self, PyObject *data)
     return goes < 0 ? NULL : PyBool_FromLong(goes);
 }
 
-/* Nothing passes a write that was issued before; messages that wait for a credit are passed. */
-static bool may_write(Sender *sender, bool at_once)
+/* Nothing passes an operation that was issued before; messages that wait for a credit are passed. */
+static bool may_post(Sender *sender, bool at_once)
 {
-    return sender->open && sender->writes < WRITES &&
+    return sender->open && sender->one_sided < ONE_SIDED &&
            !(in_queues(sender) && PyObject_Size(sender->slot_queue) > 0) && has_place(sender, at_once);
 }
 
@@ -500,25 +500,25 @@ static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_
 }
 
 /* Puts a write together at `at`. Runs no code of others. */
-static struct frame make_write(Sender *sender, Write *write, const Region *region, const Py_buffer *view,
+static struct frame make_write(Sender *sender, OneSided *write, const Region *region, const Py_buffer *view,
                                unsigned char *at)
 {
     memcpy(at, view->buf, (size_t)view->len);
-    sender->writes++;
+    sender->one_sided++;
     return (struct frame){
         .length = (uint32_t)view->len,
         .address = (uintptr_t)at,
         .remote = region->grant->address + region->offset,
         .rkey = region->grant->rkey,
-        .write = (Write *)Py_NewRef((PyObject *)write),
+        .op = (OneSided *)Py_NewRef((PyObject *)write),
     };
 }
 
-Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
+OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region)
 {
     unsigned char here[AT_ONCE];
     Py_buffer view;
-    Write *write;
+    OneSided *write;
     bool at_once;
     int rc = 0;
 
@@ -526,8 +526,8 @@ Write *sender_write(Sender *sender, PyObject *data, PyObject *region)
         !fits(sender, data, (Region *)region, &view))
         return NULL;
     at_once = begins_turn(sender);
-    write = may_write(sender, at_once) ? write_new(sender, IBV_WR_RDMA_WRITE) : NULL;
-    if (write && may_write(sender, at_once)) { /* making it may have collected garbage, and so run anything */
+    write = may_post(sender, at_once) ? one_sided_new(sender, IBV_WR_RDMA_WRITE) : NULL;
+    if (write && may_post(sender, at_once)) { /* making it may have collected garbage, and so run anything */
         unsigned char *at = inline_room(sender, here, at_once);
         struct frame frame = make_write(sender, write, (Region *)region, &view, at);
 
@@ -552,33 +552,33 @@ static bool may_ask(Sender *sender, const Region *region, enum ibv_wr_opcode opc
     } else if (!nbytes || !region_allows(region, sender, nbytes, IBV_ACCESS_REMOTE_READ)) {
         return false;
     }
-    return nbytes <= sender->staging_size && may_write(sender, at_once);
+    return nbytes <= sender->staging_size && may_post(sender, at_once);
 }
 
 /* 1: it is on its way; 0: it does not go this way; -1 and an exception. */
-static int post_ask(Sender *sender, Write *ask, const Region *region, bool at_once)
+static int post_ask(Sender *sender, OneSided *op, const Region *region, bool at_once)
 {
     struct frame frame = {0};
-    int goes = borrow(sender, &frame, &ask->landing);
+    int goes = borrow(sender, &frame, &op->landing);
 
     if (goes <= 0)
         return goes;
-    if (!may_ask(sender, region, ask->opcode, at_once)) { /* any more */
-        write_give_back(ask);
+    if (!may_ask(sender, region, op->opcode, at_once)) { /* any more */
+        one_sided_give_back(op);
         return 0;
     }
-    ask->address = frame.address;
-    ask->nbytes = frame.length = (uint32_t)region->length;
+    op->address = frame.address;
+    op->nbytes = frame.length = (uint32_t)region->length;
     frame.remote = region->grant->address + region->offset;
     frame.rkey = region->grant->rkey;
-    frame.write = (Write *)Py_NewRef((PyObject *)ask);
-    sender->writes++;
+    frame.op = (OneSided *)Py_NewRef((PyObject *)op);
+    sender->one_sided++;
     return go_out(sender, &frame, at_once) ? -1 : 1;
 }
 
-Write *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap)
+OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap)
 {
-    Write *ask;
+    OneSided *op;
     bool at_once;
 
     if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type))
@@ -586,14 +586,14 @@ Write *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, u
     at_once = begins_turn(sender);
     if (!may_ask(sender, (Region *)region, opcode, at_once))
         return NULL;
-    ask = write_new(sender, opcode);
-    if (!ask)
+    op = one_sided_new(sender, opcode);
+    if (!op)
         return NULL;
-    ask->compare_add = compare_add;
-    ask->swap = swap;
-    if (post_ask(sender, ask, (Region *)region, at_once) <= 0)
-        Py_CLEAR(ask);
-    return ask;
+    op->compare_add = compare_add;
+    op->swap = swap;
+    if (post_ask(sender, op, (Region *)region, at_once) <= 0)
+        Py_CLEAR(op);
+    return op;
 }
 
 /* A write for later: True when it would go this way now. */
@@ -602,7 +602,7 @@ static PyObject *prepare_write(PyObject *self, PyObject *args)
     Sender *sender = (Sender *)self;
     PyObject *data, *region;
     Py_buffer view;
-    Write *write;
+    OneSided *write;
 
     if (!PyArg_ParseTuple(args, "OO", &data, &region))
         return NULL;
@@ -610,7 +610,7 @@ static PyObject *prepare_write(PyObject *self, PyObject *args)
         !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     PyBuffer_Release(&view);
-    write = write_new(sender, IBV_WR_RDMA_WRITE);
+    write = one_sided_new(sender, IBV_WR_RDMA_WRITE);
     if (!write)
         return NULL;
     write->data = Py_NewRef(data);
@@ -630,16 +630,16 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
         return NULL;
     for (; at < PyList_Size(list) && is_usable(sender); at++) {
         PyObject *item = PyList_GetItem(list, at);
-        Write *write = (Write *)item;
+        OneSided *write = (OneSided *)item;
         bool fits_in;
 
-        if (Py_TYPE(item) != write_type)
+        if (Py_TYPE(item) != one_sided_type)
             break;
-        if (write->state != WRITE_NEW) /* cancelled in the meantime */
+        if (write->state != OP_NEW) /* cancelled in the meantime */
             continue;
         if (!fits(sender, write->data, write->region, &view))
             break;
-        fits_in = may_write(sender, false);
+        fits_in = may_post(sender, false);
         if (fits_in) {
             unsigned char *at = inline_room(sender, NULL, false);
             struct frame frame = make_write(sender, write, write->region, &view, at);
@@ -668,15 +668,15 @@ static PyObject *flush(PyObject *self, PyObject *unused)
 static void drop_frames(Sender *sender)
 {
     for (unsigned int i = 0; i < sender->queued; i++)
-        Py_CLEAR(sender->gathered->frame[i].write);
+        Py_CLEAR(sender->gathered->frame[i].op);
     sender->queued = 0;
 }
 
 static void give_back_frames(Sender *sender)
 {
     for (unsigned int i = 0; i < sender->queued; i++)
-        if (sender->gathered->frame[i].write)
-            write_give_back(sender->gathered->frame[i].write);
+        if (sender->gathered->frame[i].op)
+            one_sided_give_back(sender->gathered->frame[i].op);
 }
 
 /* The queue pair is gone: no completion comes any more. */
@@ -691,17 +691,17 @@ static PyObject *forget(PyObject *self, PyObject *unused)
     leave_dirty(sender);
     give_back_frames(sender);
     drop_frames(sender);
-    writes_give_back(sender);
-    writes_forget(sender);
+    one_sided_give_back_all(sender);
+    one_sided_forget_all(sender);
     for (int i = 0; i < GROUPS; i++)
         table_remove(sender->table, sender->groups[i]->wr_id, (PyObject *)sender->groups[i]);
     give_back(sender, sender->staged.count);
     Py_RETURN_NONE;
 }
 
-static PyObject *fail_writes(PyObject *self, PyObject *make_error)
+static PyObject *fail_one_sided(PyObject *self, PyObject *make_error)
 {
-    if (writes_fail((Sender *)self, make_error))
+    if (one_sided_fail_all((Sender *)self, make_error))
         return NULL;
     Py_RETURN_NONE;
 }
@@ -808,10 +808,10 @@ static int sender_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(sender->connection);
     Py_VISIT(sender->loop);
     Py_VISIT((PyObject *)sender->governor);
-    for (Write *write = sender->first; write; write = write->next)
-        Py_VISIT((PyObject *)write);
+    for (OneSided *op = sender->first; op; op = op->next)
+        Py_VISIT((PyObject *)op);
     for (unsigned int i = 0; i < sender->queued; i++)
-        Py_VISIT((PyObject *)sender->gathered->frame[i].write);
+        Py_VISIT((PyObject *)sender->gathered->frame[i].op);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -823,7 +823,7 @@ static int sender_clear(PyObject *self)
     sender->open = 0;
     drop_frames(sender);
     if (sender->table)
-        writes_forget(sender);
+        one_sided_forget_all(sender);
     objects_clear(&sender->staged);
     Py_CLEAR(sender->ledger);
     Py_CLEAR(sender->connection);
@@ -878,7 +878,7 @@ static PyMethodDef sender_methods[] = {
     {"post_prepared", post_prepared, METH_VARARGS,
      "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
      "other object; returns where that is."},
-    {"fail_writes", fail_writes, METH_O, "fail_writes(make_error): ends the wait for those that are posted."},
+    {"fail_one_sided", fail_one_sided, METH_O, "fail_one_sided(make_error): ends the wait for those that are posted."},
     {"flush", flush, METH_NOARGS, "Posts the messages of this turn that were not posted yet."},
     {"forget", forget, METH_NOARGS, "The queue pair is gone: no completion comes any more. Idempotent."},
     {NULL, NULL, 0, NULL},
@@ -904,7 +904,7 @@ static PyMemberDef sender_members[] = {
     {"may_wait", T_BOOL, offsetof(Sender, may_wait), 0, "Set before somebody enters one of the queues."},
     {"wanted_back", T_LONGLONG, offsetof(Sender, wanted_back), 0, "Data credits the peer would like to have back."},
     {"posted", T_LONGLONG, offsetof(Sender, posted), 0, "Work requests the device has that get a completion."},
-    {"writes", T_UINT, offsetof(Sender, writes), READONLY, "Small writes under way."},
+    {"one_sided", T_UINT, offsetof(Sender, one_sided), READONLY, "Small one-sided operations under way."},
     {"loop", T_OBJECT, offsetof(Sender, loop), READONLY, "The event loop."},
     {"sent", T_LONGLONG, offsetof(Sender, sent), 0, "Work requests that were posted."},
     {"handed", T_LONGLONG, offsetof(Sender, handed), 0, "Messages that were handed to the device, since the start."},
@@ -915,7 +915,8 @@ static PyType_Slot sender_slots[] = {
     {Py_tp_init, sender_init},       {Py_tp_dealloc, sender_dealloc}, {Py_tp_traverse, sender_traverse},
     {Py_tp_clear, sender_clear},     {Py_tp_methods, sender_methods}, {Py_tp_members, sender_members},
     {Py_tp_getset, sender_getset},
-    {Py_tp_doc, "Sender(table, qp, cq, max_inline, ...): messages that are copied, and small writes, on their way out."},
+    {Py_tp_doc, "Sender(table, qp, cq, max_inline, ...): messages that are copied, and small one-sided operations, on their\n"
+     "way out."},
     {0, NULL},
 };
 

@@ -166,8 +166,8 @@ static void dispatch(Table *table, const struct glue_wc *wc)
     entry = vacate(table, (uint32_t)wc->wr_id);
     if (Py_TYPE(entry) == buffer_type)
         rc = buffer_completed((Buffer *)entry, wc);
-    else if (Py_TYPE(entry) == write_type)
-        rc = write_completed((Write *)entry, wc);
+    else if (Py_TYPE(entry) == one_sided_type)
+        rc = one_sided_completed((OneSided *)entry, wc);
     else if (Py_TYPE(entry) == group_type)
         rc = group_completed((Group *)entry, wc);
     else

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ async def in_flight(
     await connection.flush()  # what is under way later is what fails
     data = bytes(1 << 20)
     cut()
-    operations: list[asyncio.Future[object]] = [connection.send(b"waits for a credit") for _ in range(58)]
+    operations: list[asyncio.Future[Any]] = [connection.send(b"waits for a credit") for _ in range(58)]
     operations += [connection.write(data, remote) for _ in range(20)]
     operations += [connection.read(remote) for _ in range(20)]
     operations += [asyncio.ensure_future(connection.recv()), asyncio.ensure_future(connection.notified())]

@@ -168,7 +168,7 @@ async def test_a_request_the_device_refuses_fails_and_nothing_follows_it(pair: M
     await both.client.wait_closed()
     statistics = both.client.statistics()
     assert statistics.send_slots_used == 0
-    assert both.client._sends.posted == both.client._sends.writes == 0
+    assert both.client._sends.posted == both.client._sends.one_sided == 0
 
 
 async def test_closed_between_the_wake_up_and_the_turn(pair: MakePair) -> None:

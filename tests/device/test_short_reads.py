@@ -1,9 +1,12 @@
-"""Small reads, which go from the call to the device and back in C (native/datapath/write.c)."""
+"""Small reads and atomic operations, which go from the call to the device and back in C
+(native/datapath/one_sided.c)."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
+import sys
 import threading
 import weakref
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from aiordma import Config, Connection
-from aiordma._native._datapath import Write
+from aiordma._native._datapath import OneSided
 from aiordma.errors import (
     ConnectionClosedError,
     ConnectionLostError,
@@ -44,7 +47,7 @@ async def test_a_read_is_a_future(pair: MakePair) -> None:
     _, remote = await region_of(both, b"what is there")
     loop = asyncio.get_running_loop()
     read: Any = both.client.read(remote[:13])
-    assert isinstance(read, Write)
+    assert isinstance(read, OneSided)
     assert asyncio.isfuture(read)
     assert read.get_loop() is loop
     assert repr(read) in ("<read posted>", "<read done>")
@@ -78,7 +81,7 @@ async def test_sizes(pair: MakePair, size: int) -> None:
     data = bytes(number % 251 for number in range(size))
     _, remote = await region_of(both, data)
     read = both.client.read(remote[:size])
-    assert isinstance(read, Write)
+    assert isinstance(read, OneSided)
     assert await read == data
     assert nothing_is_lent(both.client)
 
@@ -104,7 +107,7 @@ async def test_more_than_go_at_a_time(pair: MakePair) -> None:
     large, far = await both.region(1 << 20)
     memoryview(large)[:4] = b"last"
     reads = [both.client.read(remote[i : i + 8]) for i in range(500)]
-    assert not all(isinstance(read, Write) for read in reads)
+    assert not all(isinstance(read, OneSided) for read in reads)
     assert (await both.client.read(far))[:4] == b"last"
     assert await asyncio.gather(*reads) == [data[i : i + 8] for i in range(500)]
     assert nothing_is_lent(both.client)
@@ -141,7 +144,7 @@ async def test_a_task_that_waits_for_a_read_is_cancelled(pair: MakePair) -> None
         task.cancel()
         await asyncio.wait([task])
     assert await both.client.read(remote[:4]) == b"data"
-    assert both.client._sends.writes == both.client._sends.posted == 0
+    assert both.client._sends.one_sided == both.client._sends.posted == 0
     assert nothing_is_lent(both.client)
 
 
@@ -178,7 +181,8 @@ async def test_reads_that_never_complete(pair: MakePair) -> None:
     both = await pair()
     _, remote = await both.region(64)
     reads = [both.client.read(remote) for _ in range(10)]
-    assert both.client._sends.posted and not nothing_is_lent(both.client)
+    assert both.client._sends.posted
+    assert not nothing_is_lent(both.client)
     both.client._sends.forget()
     assert nothing_is_lent(both.client)
     assert all(read.cancel() for read in reads)
@@ -243,3 +247,70 @@ async def test_another_thread_is_refused(pair: MakePair) -> None:
         await asyncio.sleep(0)
     thread.join()
     assert [type(error) for error in caught] == [WrongLoopError]
+
+
+# --- atomic operations --------------------------------------------------------------------------------
+
+
+async def test_atomic_operations_are_futures(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(16)
+    word = remote[8:]
+    add, swap = both.client.fetch_add(word, 5), both.client.compare_swap(word, 5, 1 << 63)
+    assert isinstance(add, OneSided)
+    assert isinstance(swap, OneSided)
+    assert (await add, await swap) == (0, 5)
+    assert (add.result(), swap.exception()) == (0, None)
+    assert await both.client.fetch_add(remote=word, value=-1) == 1 << 63
+    assert await both.client.compare_swap(word, 0, 7) == (1 << 63) - 1, "not replaced"
+    assert int.from_bytes(bytes(lease)[8:], sys.byteorder) == (1 << 63) - 1
+    assert nothing_is_lent(both.client)
+
+
+@pytest.mark.parametrize("value", [0, 1, -1, -(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+async def test_words(pair: MakePair, value: int) -> None:
+    both = await pair()
+    _, word = await both.region(8)
+    assert await both.client.fetch_add(word, value) == 0
+    assert await both.client.compare_swap(word, value, 1) == value % (1 << 64)
+    assert await both.client.fetch_add(word, 0) == 1
+
+
+async def test_what_is_no_word_is_refused(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(16)
+    for value in (-(1 << 63) - 1, 1 << 64):
+        with pytest.raises(MisuseError, match="value"):
+            both.client.fetch_add(remote[:8], value)
+        with pytest.raises(MisuseError, match="desired"):
+            both.client.compare_swap(remote[:8], 0, value)
+    with pytest.raises(TypeError):
+        both.client.fetch_add(remote[:8], "1")  # type: ignore[arg-type]
+    for place in (remote[4:12], remote[:4], remote):
+        with pytest.raises(MisuseError, match="8 bytes"):
+            both.client.fetch_add(place, 1)
+    assert both.client.statistics().requests_posted == 0
+
+
+async def test_many_at_once_count_each(pair: MakePair) -> None:
+    both = await pair()
+    _, word = await both.region(8)
+    adds = [both.client.fetch_add(word, 1) for _ in range(300)]
+    assert adds[5].cancel() or adds[5].done(), "it adds all the same"
+    ends = await asyncio.gather(*adds, return_exceptions=True)
+    assert [end for end in ends if not isinstance(end, asyncio.CancelledError)] == [
+        number for number in range(300) if not adds[number].cancelled()
+    ]
+    assert await both.client.fetch_add(word, 0) == 300
+    assert nothing_is_lent(both.client)
+
+
+async def test_on_a_device_without_atomic_operations(pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await pair()
+    attributes = first.client._adapter.attributes
+    monkeypatch.setattr(first.client._adapter, "attributes", dataclasses.replace(attributes, atomics=False))
+    both = await pair()
+    _, word = await both.region(8)
+    with pytest.raises(MisuseError, match="no atomic operations"):
+        both.client.fetch_add(word, 1)
+    assert await both.client.read(word) == bytes(8)

@@ -14,7 +14,7 @@ import pytest
 
 import aiordma
 from aiordma import Config, Connection
-from aiordma._native._datapath import Write
+from aiordma._native._datapath import OneSided
 from aiordma.errors import ConnectionClosedError, ConnectionLostError, MisuseError, RemoteAccessError
 from aiordma.protocol.frames import HEADER_SIZE
 from tests.device.conftest import MakePair
@@ -277,7 +277,7 @@ async def test_a_write_is_a_future(pair: MakePair) -> None:
     lease, remote = await both.region(64)
     loop = asyncio.get_running_loop()
     write = both.client.write(b"a", remote)
-    assert isinstance(write, Write)
+    assert isinstance(write, OneSided)
     assert asyncio.isfuture(write)
     assert asyncio.ensure_future(write) is write
     assert write.get_loop() is loop
@@ -373,7 +373,7 @@ async def test_a_task_that_waits_for_a_write_is_cancelled(pair: MakePair) -> Non
         task.cancel()
         await asyncio.wait([task])
     await both.client.write(b"b", remote)
-    assert both.client._sends.writes == both.client._sends.posted == 0
+    assert both.client._sends.one_sided == both.client._sends.posted == 0
 
 
 async def test_writes_in_gather_are_cancelled_with_it(pair: MakePair) -> None:
