@@ -97,6 +97,7 @@ class StagingPool:
         self.free: list[StagingBuffer] = []
         self.line: dict[StagingUser, None] = {}  # who waits, in order of arrival
         self._turn: StagingUser | None = None
+        self._given = 0  # since the last look for chunks that are too many
         self._users = 0
 
     @property
@@ -140,7 +141,10 @@ class StagingPool:
         self.free.append(buffer)
         if self.line:
             self._serve()
-        elif len(self.free) > self.keep and len(self.free) % self._count == 0:
+            return
+        self._given += 1
+        if self._given >= self._count and len(self.free) > self.keep:
+            self._given = 0
             self._shrink()
 
     def _serve(self) -> None:

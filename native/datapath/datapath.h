@@ -403,7 +403,8 @@ int sender_send(Sender *sender, PyObject *data);
 OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region);
 /* A small read or an atomic operation, likewise: what has an answer. */
 OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
-/* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference. */
+/* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference; leaves the
+ * exception that is set, if there is one. */
 void sender_give(Sender *sender, PyObject *buffer);
 
 int sender_flush(Sender *sender);  /* -1 and an exception of a callback */

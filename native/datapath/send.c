@@ -69,9 +69,13 @@ static int give_staging(Sender *sender, PyObject *buffer)
 
 void sender_give(Sender *sender, PyObject *buffer)
 {
+    PyObject *type, *value, *traceback;
+
+    PyErr_Fetch(&type, &value, &traceback);
     if (give_staging(sender, buffer))
         table_unraisable(sender->table);
     Py_DECREF(buffer);
+    PyErr_Restore(type, value, traceback);
 }
 
 /* The first `count` that we hold. */
@@ -307,6 +311,12 @@ static bool begins_turn(Sender *sender)
     return true;
 }
 
+/* What has run since may have gathered a frame. */
+static bool still_begins(const Sender *sender, bool at_once)
+{
+    return at_once && !sender->queued;
+}
+
 /* Bytes of inline data that are put together on the stack, which is in the cache, when they go out at once. */
 #define AT_ONCE 1024
 
@@ -370,16 +380,6 @@ static int locate(PyObject *buffer, struct frame *frame)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Leaves the exception that is set, if there is one. */
-static void hand_back(Sender *sender, PyObject *buffer)
-{
-    PyObject *type, *value, *traceback;
-
-    PyErr_Fetch(&type, &value, &traceback);
-    sender_give(sender, buffer);
-    PyErr_Restore(type, value, traceback);
-}
-
 /* A staging buffer for a frame. 1: it is at frame->address; 0: there is none; -1 and an exception. May have collected
  * garbage, and so run anything. */
 static int borrow(Sender *sender, struct frame *frame, PyObject **buffer)
@@ -393,7 +393,7 @@ static int borrow(Sender *sender, struct frame *frame, PyObject **buffer)
     }
     if (!locate(*buffer, frame))
         return 1;
-    hand_back(sender, *buffer);
+    sender_give(sender, *buffer);
     *buffer = NULL;
     return -1;
 }
@@ -412,7 +412,7 @@ static int take_buffer(Sender *sender, struct frame *frame)
     if (rc > 0)
         Py_DECREF(buffer);
     else
-        hand_back(sender, buffer);
+        sender_give(sender, buffer);
     return rc;
 }
 
@@ -462,6 +462,7 @@ int sender_send(Sender *sender, PyObject *data)
     goes = may_send(sender) && (size_t)view.len <= sender->eager && has_place(sender, at_once);
     if (goes && (size_t)view.len + HEADER_SIZE > sender->stride)
         goes = take_buffer(sender, &frame);
+    at_once = still_begins(sender, at_once);
     if (goes > 0 && send_message(sender, &frame, &view, at_once))
         goes = -1;
     PyBuffer_Release(&view);
@@ -527,7 +528,8 @@ OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region)
         return NULL;
     at_once = begins_turn(sender);
     write = may_post(sender, at_once) ? one_sided_new(sender, IBV_WR_RDMA_WRITE) : NULL;
-    if (write && may_post(sender, at_once)) { /* making it may have collected garbage, and so run anything */
+    at_once = still_begins(sender, at_once); /* making it may have collected garbage, and so run anything */
+    if (write && may_post(sender, at_once)) {
         unsigned char *at = inline_room(sender, here, at_once);
         struct frame frame = make_write(sender, write, (Region *)region, &view, at);
 
@@ -563,6 +565,7 @@ static int post_ask(Sender *sender, OneSided *op, const Region *region, bool at_
 
     if (goes <= 0)
         return goes;
+    at_once = still_begins(sender, at_once);
     if (!may_ask(sender, region, op->opcode, at_once)) { /* any more */
         one_sided_give_back(op);
         return 0;

@@ -355,7 +355,7 @@ int progress_drive(struct context *ctx, bool polled)
 
 void progress_poll(struct context *ctx, bool claim)
 {
-    ctx->polls++;
+    count_poll(ctx);
     ctx->counters.polls++;
     if (claim)
         thread_polled(ctx);

@@ -34,7 +34,7 @@
 enum {
     CLAIM_AFTER = 8,       /* polls in a row, without arming a queue in between; packets that a loop woke for */
     GRACE_MIN = 50 * 1000, /* ns */
-    GRACE_MAX = 2000 * 1000,
+    GRACE_MAX = 1000 * 1000, /* no longer than until the first retransmission */
     DEFER = 100 * 1000,
     IN_TIME = 8000 * 1000, /* an event loop comes again so soon, if its turns are not too long */
     SLEEP_TRIES = 4,       /* passes until a thread that cannot sleep for all that comes leaves it to another one */
@@ -256,7 +256,7 @@ static int lead(struct context *ctx, struct channel *channel, int state)
 
     claim(ctx);
     ctx->sleeper = true;
-    ctx->polls++;
+    count_poll(ctx);
     channel->led = ctx->abandoned + 1;
     progress_flush_acks(ctx);
     if (list_empty(&ctx->tx_ready) && progress_deadline_links(ctx) == NEVER && links_sleep(ctx)) {
@@ -266,7 +266,7 @@ static int lead(struct context *ctx, struct channel *channel, int state)
         if (fds[1].revents)
             take_kicks(ctx->lead_kick);
     }
-    ctx->polls++;
+    count_poll(ctx);
     channel->taking = true;
     drive_and_sleep(ctx, &received);
     channel->taking = false;
@@ -387,7 +387,7 @@ bool sleep_attend(struct context *ctx, struct channel *channel)
         channel->taken = false;
         return false;
     }
-    ctx->polls++;
+    count_poll(ctx);
     channel->taking = true;
     if (!drive_and_sleep(ctx, &received) || !list_empty(&ctx->tx_ready))
         thread_wake_by(ctx, 0);
@@ -464,15 +464,17 @@ static void longer_grace(struct context *ctx)
 static void visit(struct context *ctx)
 {
     uint64_t bytes = ctx->counters.received_bytes + ctx->counters.sent_bytes, one_sided = ctx->one_sided;
+    bool much = false;
     int received;
 
     if (ctx->links_asleep)
-        drive_and_sleep(ctx, &received);
+        much = !drive_and_sleep(ctx, &received);
     else
         received = progress_drive(ctx, false);
     progress_flush_acks(ctx);
     bytes = ctx->counters.received_bytes + ctx->counters.sent_bytes - bytes;
-    if (ctx->one_sided != one_sided || bytes > TRANSFER || !list_empty(&ctx->tx_ready)) {
+    much = much || bytes > TRANSFER || !list_empty(&ctx->tx_ready) || progress_deadline_links(ctx) != NEVER;
+    if (ctx->one_sided != one_sided || much) {
         abandon(ctx);
         ctx->abandoned++;
         ctx->grace = ctx->grace / 4 > GRACE_MIN ? ctx->grace / 4 : GRACE_MIN;
@@ -483,21 +485,56 @@ static void visit(struct context *ctx)
     }
 }
 
-static void stay_out(struct context *ctx)
+/* Looks once each grace whether somebody still polls, without the lock, which who polls holds most of the time. True:
+ * nobody did; false: there is something else to do. */
+static bool polling_ends(struct context *ctx)
+{
+    struct pollfd fd = {.fd = ctx->kick, .events = POLLIN};
+    uint64_t polls = ctx->polls, seen, wakeups = 0;
+    struct timespec ts;
+    int rc;
+
+    ctx->thread_state = THREAD_STAYING_OUT;
+    ctx->wake_at = NEVER; /* when who polls goes to sleep instead, each deadline is a kick */
+    pthread_mutex_unlock(&ctx->lock);
+    do {
+        seen = polls;
+        rc = ppoll(&fd, 1, until(now_ns() + ctx->grace, &ts), NULL);
+        wakeups++;
+        polls = __atomic_load_n(&ctx->polls, __ATOMIC_RELAXED);
+        if (polls != seen)
+            longer_grace(ctx);
+    } while (!rc && polls != seen);
+    pthread_mutex_lock(&ctx->lock);
+    ctx->thread_state = THREAD_BUSY;
+    ctx->counters.thread_wakeups += wakeups;
+    if (fd.revents)
+        take_kicks(ctx->kick);
+    return !rc && ctx->polls == seen;
+}
+
+/* The same of one who sleeps for packets, and may have to be woken for what has a time. */
+static bool sleeper_stays_away(struct context *ctx)
 {
     struct pollfd fd = {.fd = ctx->kick, .events = POLLIN};
     uint64_t seen = ctx->polls;
 
     ctx->wake_at = now_ns() + ctx->grace;
     sleep_on(ctx, THREAD_STAYING_OUT, &fd, 1);
-    if (ctx->polls != seen) {
-        longer_grace(ctx);
+    if (ctx->polls == seen)
+        return true;
+    longer_grace(ctx);
+    return false;
+}
+
+static void stay_out(struct context *ctx)
+{
+    if (!(ctx->sleeper ? sleeper_stays_away(ctx) : polling_ends(ctx)))
         ctx->visits = 0;
-    } else if (ctx->leading) {
+    else if (ctx->leading)
         ctx->resting = true;
-    } else if (ctx->claimed) {
+    else if (ctx->claimed)
         visit(ctx);
-    }
 }
 
 /* The links are readable, and a loop is thought to wake for that: it gets a moment. */

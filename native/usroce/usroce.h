@@ -495,12 +495,17 @@ struct context {
     uint32_t polls_in_a_row;  /* since a queue was armed last */
     uint32_t in_time;         /* how often in a row the loop came in time */
     uint64_t came_at;         /* ... and when it did last */
-    uint64_t polls;           /* passes of application threads */
+    uint64_t polls;           /* passes of application threads; the device thread reads it without the lock, too */
     uint64_t abandoned;       /* claims, with packets waiting */
     uint64_t grace;           /* ns without a poll after which the device thread looks after the device */
     uint64_t one_sided;       /* requests of peers that the program has no part in */
     uint32_t visits;          /* of the device thread, since somebody polled */
 };
+
+static inline void count_poll(struct context *ctx)
+{
+    __atomic_store_n(&ctx->polls, ctx->polls + 1, __ATOMIC_RELAXED);
+}
 
 static inline struct context *context_of(struct ibv_context *context)
 {
