@@ -332,7 +332,7 @@ typedef struct OneSided {
 #define GROUP 16    /* messages at most; the last one is signaled */
 #define GROUPS 16   /* more than MESSAGES / GROUP, for some are closed before they are full */
 #define FRAMES 32   /* that wait for the end of a turn */
-#define ONE_SIDED 64   /* in flight */
+#define ONE_SIDED 64 /* in flight */
 
 /* One work request that is put together. */
 struct frame {
@@ -419,14 +419,14 @@ int one_sided_completed(OneSided *op, const struct glue_wc *wc);
 
 /* one_sided.c */
 OneSided *one_sided_new(Sender *sender, enum ibv_wr_opcode opcode);
-void one_sided_forget_all(Sender *sender);                    /* the queue pair is gone */
-void one_sided_give_back(OneSided *op);                      /* the device is done with its landing, if it has one */
-void one_sided_give_back_all(Sender *sender);                 /* with all of them */
-PyObject *ready_with(PyObject *value);                 /* what an await that is over iterates over; steals the value */
-void one_sided_drop_last(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
-void one_sided_refused(OneSided *op, PyObject *error);
-int one_sided_fail_all(Sender *sender, PyObject *make_error); /* -1 and an exception */
 int one_sided_posting(OneSided *op, struct ibv_send_wr *wr); /* enters the table; -1 and an exception */
+void one_sided_refused(OneSided *op, PyObject *error);
+void one_sided_drop_last(Sender *sender, unsigned int count, PyObject *error); /* the last ones were not posted */
+int one_sided_fail_all(Sender *sender, PyObject *make_error); /* -1 and an exception */
+void one_sided_give_back(OneSided *op);                       /* the device is done with its landing, if it has one */
+void one_sided_give_back_all(Sender *sender);
+void one_sided_forget_all(Sender *sender); /* the queue pair is gone */
+PyObject *ready_with(PyObject *value);     /* what an await that is over iterates over; steals the value */
 bool region_allows(const Region *region, const Sender *sender, size_t nbytes, unsigned int right); /* region.c */
 
 /* module.c */

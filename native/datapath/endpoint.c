@@ -1,5 +1,5 @@
-/* What a user calls for every small message and one-sided operation. Connection derives from this type and has all the rest: what
- * cannot be done at once goes to its methods of the same names with `later`. No Python runs in between. */
+/* What a user calls for every small message and one-sided operation. Connection derives from this type and has all the
+ * rest: what cannot be done at once goes to its methods of the same names with `later`. No Python runs in between. */
 #include "datapath.h"
 
 typedef struct {
