@@ -17,8 +17,9 @@
  * with long turns between its polls is disturbed no more than their senders need. The claim is abandoned, and the
  * thread watches the links again, if that is not enough: peers ask for what the application has no part in, or much is
  * on its way; or if nobody seems to come back. `grace` adapts: when a claim was abandoned and somebody had to wait for
- * it (the application polls memory instead of its queue), the thread looks sooner the next time. While somebody leads
- * and nothing happens it rests, until a timer or the end of the leading. With nothing to do no thread has a timeout. */
+ * it (the application polls memory instead of its queue), the thread looks sooner the next time; it looks later while
+ * nobody could have waited. While somebody leads and nothing happens it rests, until a timer or the end of the leading.
+ * With nothing to do no thread has a timeout. */
 #define _GNU_SOURCE /* ppoll */
 #include "usroce.h"
 
@@ -35,6 +36,7 @@ enum {
     CLAIM_AFTER = 8,       /* polls in a row, without arming a queue in between; packets that a loop woke for */
     GRACE_MIN = 50 * 1000, /* ns */
     GRACE_MAX = 1000 * 1000, /* no longer than until the first retransmission */
+    GRACE_CALM = 2000 * 1000, /* while nothing comes but messages through shared memory, where none is lost */
     DEFER = 100 * 1000,
     IN_TIME = 8000 * 1000, /* an event loop comes again so soon, if its turns are not too long */
     SLEEP_TRIES = 4,       /* passes until a thread that cannot sleep for all that comes leaves it to another one */
@@ -148,6 +150,15 @@ void thread_polled(struct context *ctx)
         links_wake(ctx); /* who polls rings does not need the system calls that wake */
 }
 
+/* Who has claimed the device sleeps for packets from now on. The device thread may take it for one that polls, but
+ * looks soon. */
+static void sleeps(struct context *ctx)
+{
+    ctx->sleeper = true;
+    if (ctx->thread_state == THREAD_STAYING_OUT && ctx->wake_at == NEVER)
+        ctx->wake_at = now_ns() + GRACE_MAX;
+}
+
 static void hand_over(struct context *ctx)
 {
     ctx->claimed = ctx->sleeper = false;
@@ -174,11 +185,11 @@ void sleep_armed(struct context *ctx, const struct channel *channel)
 
     ctx->attended = watched;
     if (ctx->claimed && watched) {
-        ctx->sleeper = true;
+        sleeps(ctx);
         if (fall_asleep(ctx))
             return;
     } else if (ctx->claimed && channel && channel->led == ctx->abandoned + 1) {
-        ctx->sleeper = true; /* comes to sleep_blocking(), and what is owed goes with what it posts till then */
+        sleeps(ctx); /* comes to sleep_blocking(), and what is owed goes with what it posts till then */
         return;
     }
     hand_over(ctx);
@@ -255,7 +266,7 @@ static int lead(struct context *ctx, struct channel *channel, int state)
     int received, rc = 0;
 
     claim(ctx);
-    ctx->sleeper = true;
+    sleeps(ctx);
     count_poll(ctx);
     channel->led = ctx->abandoned + 1;
     progress_flush_acks(ctx);
@@ -374,7 +385,7 @@ static void came_in_time(struct context *ctx)
     if (ctx->in_time < CLAIM_AFTER)
         return;
     claim(ctx);
-    ctx->sleeper = true;
+    sleeps(ctx);
 }
 
 bool sleep_attend(struct context *ctx, struct channel *channel)
@@ -455,9 +466,24 @@ static void abandon(struct context *ctx)
     ctx->visits = 0;
 }
 
+/* What peers may be waiting for: one-sided requests, and acknowledgements of what came through the network. The counters
+ * may be a moment old. */
+static bool is_calm(struct context *ctx)
+{
+    uint64_t urgent = __atomic_load_n(&ctx->one_sided, __ATOMIC_RELAXED) +
+                      __atomic_load_n(&ctx->counters.received, __ATOMIC_RELAXED) -
+                      __atomic_load_n(&ctx->counters.shm_received, __ATOMIC_RELAXED);
+    bool calm = urgent == ctx->urgent;
+
+    ctx->urgent = urgent;
+    return calm;
+}
+
 static void longer_grace(struct context *ctx)
 {
-    ctx->grace = ctx->grace * 2 < GRACE_MAX ? ctx->grace * 2 : GRACE_MAX;
+    uint64_t most = is_calm(ctx) ? GRACE_CALM : GRACE_MAX;
+
+    ctx->grace = ctx->grace * 2 < most ? ctx->grace * 2 : most;
 }
 
 /* Nobody has come for a while. */
@@ -495,7 +521,7 @@ static bool polling_ends(struct context *ctx)
     int rc;
 
     ctx->thread_state = THREAD_STAYING_OUT;
-    ctx->wake_at = NEVER; /* when who polls goes to sleep instead, each deadline is a kick */
+    ctx->wake_at = NEVER; /* see sleeps() */
     pthread_mutex_unlock(&ctx->lock);
     do {
         seen = polls;
@@ -519,7 +545,7 @@ static bool sleeper_stays_away(struct context *ctx)
     struct pollfd fd = {.fd = ctx->kick, .events = POLLIN};
     uint64_t seen = ctx->polls;
 
-    ctx->wake_at = now_ns() + ctx->grace;
+    ctx->wake_at = now_ns() + (ctx->grace < GRACE_MAX ? ctx->grace : GRACE_MAX); /* else each post were a kick */
     sleep_on(ctx, THREAD_STAYING_OUT, &fd, 1);
     if (ctx->polls == seen)
         return true;

@@ -499,6 +499,7 @@ struct context {
     uint64_t abandoned;       /* claims, with packets waiting */
     uint64_t grace;           /* ns without a poll after which the device thread looks after the device */
     uint64_t one_sided;       /* requests of peers that the program has no part in */
+    uint64_t urgent;          /* of these and packets from the network, seen by the device thread */
     uint32_t visits;          /* of the device thread, since somebody polled */
 };
 
