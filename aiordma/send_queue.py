@@ -9,8 +9,8 @@ nothing passes a write that was issued before it.
 A message that is copied and that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no
 completion of its own. It is the device's as soon as it was copied, and so are messages on the way described here
 once they are posted: then send() is done. That everything sent before has arrived is told by a marker
-(:meth:`SendQueue.confirm`). Small one-sided operations take the short way too, each with a completion of its own
-(native/datapath/one_sided.c).
+(:meth:`SendQueue.confirm`). Small one-sided operations take the short way too (native/datapath/one_sided.c), and
+end when the device has done them.
 
 Small data is copied once, to a staging buffer that the slot holds until the completion, or to the scratch when it
 travels inline (staging.py); so it needs no registration of its own, and the caller's buffer is free as soon as the

@@ -7,33 +7,26 @@ import asyncio
 import dataclasses
 import gc
 import sys
-import threading
 import weakref
 from typing import Any
 
 import pytest
 
-from aiordma import Config, Connection
+from aiordma import Config
 from aiordma._native._datapath import OneSided
 from aiordma.errors import (
     ConnectionClosedError,
     ConnectionLostError,
     MisuseError,
     RemoteAccessError,
-    WrongLoopError,
 )
 from tests.device.conftest import MakePair, Pair
 from tests.device.test_access import forge
-from tests.device.test_staging import Hog, staging_of
+from tests.device.test_staging import Hog, nothing_is_lent, staging_of
 
 pytestmark = pytest.mark.device
 
 SIZE = 4096
-
-
-def nothing_is_lent(connection: Connection) -> bool:
-    staging = connection._staging
-    return len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
 
 
 async def region_of(both: Pair, data: bytes) -> tuple[Any, Any]:
@@ -160,9 +153,8 @@ async def test_a_refused_read_tells_everybody(pair: MakePair) -> None:
     for other in others:
         with pytest.raises(ConnectionLostError):
             await other
-    staging = both.client._staging
     await both.client.wait_closed()
-    assert len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
+    assert nothing_is_lent(both.client)
 
 
 async def test_reads_under_way_when_the_connection_ends(pair: MakePair) -> None:
@@ -228,25 +220,6 @@ async def test_a_read_that_nobody_awaits_is_forgotten_when_it_is_done(pair: Make
     gc.collect()
     assert gone() is None
     assert nothing_is_lent(both.client)
-
-
-async def test_another_thread_is_refused(pair: MakePair) -> None:
-    both = await pair()
-    _, remote = await both.region(64)
-    caught: list[Exception] = []
-
-    def elsewhere() -> None:
-        try:
-            both.client.read(remote)
-        except MisuseError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    while thread.is_alive():
-        await asyncio.sleep(0)
-    thread.join()
-    assert [type(error) for error in caught] == [WrongLoopError]
 
 
 # --- atomic operations --------------------------------------------------------------------------------

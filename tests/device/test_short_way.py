@@ -19,6 +19,7 @@ from aiordma.errors import ConnectionClosedError, ConnectionLostError, MisuseErr
 from aiordma.protocol.frames import HEADER_SIZE
 from tests.device.conftest import MakePair
 from tests.device.test_access import forge
+from tests.device.test_staging import nothing_is_lent
 
 pytestmark = pytest.mark.device
 
@@ -88,7 +89,7 @@ async def test_messages_in_staging_buffers(pair: MakePair) -> None:
     await both.client.flush()
     assert staging.registered
     assert len(staging.free) >= free
-    assert len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
+    assert nothing_is_lent(both.client)
 
 
 async def test_messages_of_one_doorbell_each(pair: MakePair) -> None:
@@ -105,10 +106,9 @@ async def test_no_staging_buffer_is_lost_with_a_connection(pair: MakePair) -> No
     both = await pair(OWN_WINDOW)
     for i in range(20):
         await both.client.send(bytes([i]) * 1000)
-    staging = both.client._staging
     both.client.fail(ConnectionLostError("by the test"))
     await asyncio.gather(both.client.wait_closed(), both.server.wait_closed())
-    assert len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
+    assert nothing_is_lent(both.client)
 
 
 async def test_what_is_sent_may_change_at_once(pair: MakePair) -> None:
@@ -503,6 +503,7 @@ async def test_another_thread_is_refused(pair: MakePair) -> None:
     calls: list[Callable[[], object]] = [
         lambda: both.client.send(b"x"),
         lambda: both.client.write(b"x", remote),
+        lambda: both.client.read(remote),
     ]
 
     def elsewhere() -> None:
@@ -517,7 +518,7 @@ async def test_another_thread_is_refused(pair: MakePair) -> None:
     while thread.is_alive():
         await asyncio.sleep(0)
     thread.join()
-    assert [type(error).__name__ for error in caught] == ["WrongLoopError", "WrongLoopError"]
+    assert [type(error).__name__ for error in caught] == ["WrongLoopError"] * 3
 
 
 async def test_nothing_is_left_of_connections(listen: Any) -> None:

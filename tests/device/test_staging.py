@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aiordma import Config
+from aiordma import Config, Connection
 from aiordma.adapter import Adapter
 from aiordma.protocol.frames import HEADER_SIZE
 from aiordma.staging import StagingBuffer, StagingPool
@@ -23,6 +23,11 @@ def adapter_of(both: Pair) -> Adapter:
 
 def staging_of(both: Pair) -> StagingPool:
     return adapter_of(both).staging(SIZE)
+
+
+def nothing_is_lent(connection: Connection) -> bool:
+    staging = connection._staging
+    return len(staging.free) == sum(len(chunk.buffers) for chunk in staging._chunks)
 
 
 class Hog:
