@@ -430,6 +430,12 @@ static struct timespec *until(uint64_t deadline, struct timespec *ts)
     return ts;
 }
 
+/* Of the device thread only, which may be without the lock. */
+static void count_wakeup(struct context *ctx)
+{
+    __atomic_store_n(&ctx->counters.thread_wakeups, ctx->counters.thread_wakeups + 1, __ATOMIC_RELAXED);
+}
+
 /* Sleeps until one of the descriptors, the first of which is the kick, is readable or ctx->wake_at has come. Gives the
  * lock back meanwhile. */
 static void sleep_on(struct context *ctx, int state, struct pollfd *fds, nfds_t count)
@@ -442,7 +448,7 @@ static void sleep_on(struct context *ctx, int state, struct pollfd *fds, nfds_t 
     ppoll(fds, count, until(deadline, &ts), NULL);
     pthread_mutex_lock(&ctx->lock);
     ctx->thread_state = THREAD_BUSY;
-    ctx->counters.thread_wakeups++;
+    count_wakeup(ctx);
     if (fds[0].revents)
         take_kicks(ctx->kick);
 }
@@ -516,7 +522,7 @@ static void visit(struct context *ctx)
 static bool polling_ends(struct context *ctx)
 {
     struct pollfd fd = {.fd = ctx->kick, .events = POLLIN};
-    uint64_t polls = ctx->polls, seen, wakeups = 0;
+    uint64_t polls = ctx->polls, seen;
     struct timespec ts;
     int rc;
 
@@ -526,14 +532,13 @@ static bool polling_ends(struct context *ctx)
     do {
         seen = polls;
         rc = ppoll(&fd, 1, until(now_ns() + ctx->grace, &ts), NULL);
-        wakeups++;
+        count_wakeup(ctx);
         polls = __atomic_load_n(&ctx->polls, __ATOMIC_RELAXED);
         if (polls != seen)
             longer_grace(ctx);
     } while (!rc && polls != seen);
     pthread_mutex_lock(&ctx->lock);
     ctx->thread_state = THREAD_BUSY;
-    ctx->counters.thread_wakeups += wakeups;
     if (fd.revents)
         take_kicks(ctx->kick);
     return !rc && ctx->polls == seen;
