@@ -43,14 +43,10 @@ from .verbs import AsyncEvent, CompletionChannel, CompletionQueue, Context, Even
 
 now_ns = time.perf_counter_ns
 
-#: Completions of one poll (native/datapath/table.c): as many mean that there may be more.
+#: Completions of one poll (native/datapath/datapath.h): as many mean that there may be more.
 POLL_BATCH = 64
-#: Completions handled in one turn before other callbacks of the loop get theirs.
+#: Completions handled in one turn of draining before other callbacks of the loop get theirs.
 _TURN_LIMIT = 256
-#: Polling in C in a turn of the loop: at most so long; on uvloop only when the loop was back as soon as this,
-#: with nothing to do for others.
-_TURN_SPIN_NS = 10_000
-_EMPTY_TURN_NS = 5_000
 #: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the
 #: largest so far: few queues to poll, however many connections.
 _CQ_ENTRIES = 4096
@@ -98,9 +94,15 @@ class CqReactor(Table):
         self, context: Context, *, inline_spin_us: float = 50.0, turn_spin_us: float = 200.0
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        # asyncio's run queue; uvloop hides its own
-        self._ready: Any = getattr(self._loop, "_ready", None)
-        super().__init__(self._loop, self._mark_turn, self._report, self._ready, int(inline_spin_us * 1000))
+        inline_ns, turn_ns = int(inline_spin_us * 1000), int(turn_spin_us * 1000)
+        super().__init__(
+            self._loop,
+            self._report,
+            getattr(self._loop, "_ready", None),  # asyncio's run queue; uvloop hides its own
+            inline_ns,
+            Governor(inline_ns, turn_ns),
+            Governor(inline_ns, turn_ns),
+        )
         self._context = context
         self._channel = CompletionChannel(context)
         self._queues: list[CompletionQueue] = []
@@ -109,13 +111,9 @@ class CqReactor(Table):
         self._users: dict[Mode, int] = {"event": 0, "adaptive": 0, "busy": 0}
         self.mode: Mode = "event"
         self._listeners: dict[int, Callable[[AsyncEvent], None]] = {}
-        self.governor = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
-        self.arrivals = Governor(int(inline_spin_us * 1000), int(turn_spin_us * 1000))
-        self._asked_ns = 0  # when somebody began to wait
-        self._left_ns = 0  # when a turn of the loop was over for us
         self._gone = False
         self._started_ns = now_ns()
-        self._events = self._wakeups = self._arms = self._turns = 0
+        self._events = self._wakeups = self._arms = 0
         self._channel_fd = self._channel.watch()
         self._watches = self._channel_fd != self._channel.fd  # readable for packets, too
         self._loop.add_reader(self._channel_fd, self._on_channel)
@@ -150,8 +148,9 @@ class CqReactor(Table):
         users = self._users
         self.mode = "busy" if users["busy"] else "adaptive" if users["adaptive"] else "event"
         self.adaptive = self.mode == "adaptive"
-        if self.mode == "busy":
-            self._start_polling()
+        self.busy = self.mode == "busy"
+        if self.busy:
+            self.poll_on_turns()
 
     def _queue_with_room(self, entries: int) -> CompletionQueue:
         for queue in self._queues:
@@ -163,6 +162,7 @@ class CqReactor(Table):
         queue = CompletionQueue(self._context, size, self._channel, vector=vector)
         self._queues.append(queue)
         self._reserved[queue] = 0
+        self.add_queue(queue.pointer)
         self._arm(queue)
         return queue
 
@@ -172,7 +172,7 @@ class CqReactor(Table):
         """An operation somebody will wait for was posted: polling may pay."""
         self.waiting += 1
         if self.waiting > 1 and self.adaptive and not self.polling:
-            self.keep_polling()  # a single one is polled for by its await
+            self.poll_on_turns()  # a single one is polled for by its await
 
     def finished(self) -> None:
         """An operation counted by :meth:`posted` is out of the table."""
@@ -234,105 +234,38 @@ class CqReactor(Table):
         last_hit = self.last_hit_ns
         found = 0
         for queue in self._queues:
-            found += self.serve(queue.pointer, 0)
-        self._learn_gap(last_hit)
-        if found and self.adaptive and self._turns_ns():
-            self._start_polling()
+            found += self.serve(queue.pointer)
+        self.learn_gap(last_hit)
+        if found and self.adaptive:
+            self.poll_on_turns()
         return found
 
     def _drain_and_arm(self) -> None:
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
         budget, last_hit = _TURN_LIMIT, self.last_hit_ns
         for queue in self._queues:
-            while (count := self.serve(queue.pointer, 0)) or queue not in self._armed:
+            while (count := self.serve(queue.pointer)) or queue not in self._armed:
                 budget -= count
                 if count < POLL_BATCH:  # for all we know it is drained, and the next look is due anyway
                     self._arm(queue)
-                    if not (count := self.serve(queue.pointer, 0)):
+                    if not (count := self.serve(queue.pointer)):
                         break
                     budget -= count
                 if budget <= 0:
                     self._queues.append(self._queues.pop(0))  # the next in line starts
-                    self._loop.call_soon(self._resume)
+                    self._loop.call_soon(self.sleep)
                     return
-        self._learn_gap(last_hit)
-        if self.adaptive and budget < _TURN_LIMIT and self._turns_ns():
-            self._start_polling()
+        self.learn_gap(last_hit)
+        if self.adaptive and budget < _TURN_LIMIT:
+            self.poll_on_turns()
 
-    def _resume(self) -> None:
+    def sleep(self) -> None:
+        """Polling is over, or draining goes on: events wake us from now on."""
         if not self.closed and not self.polling:
             try:
                 self._drain_and_arm()
             except DeviceError as error:
                 self._device_gone(error)
-
-    # --- polling on turns of the loop ----------------------------------------------------------------
-
-    def keep_polling(self) -> None:
-        """Adaptive: polls on turns of the loop from now on, while that is likely to find something."""
-        if not self.polling and self._turns_ns():
-            self._asked_ns = now_ns()
-            self._start_polling()
-
-    def _turns_ns(self) -> int:
-        """How long polling goes on when it finds nothing: for what we have posted, or for what comes."""
-        return max(self.governor.turns_ns(), self.arrivals.turns_ns())
-
-    def _learn_gap(self, before: int) -> None:
-        """Something was found, the last time at ``before``: so long polling has to last."""
-        if self.last_hit_ns != before and before:
-            self.arrivals.learn(self.last_hit_ns - before)
-
-    def _start_polling(self) -> None:
-        if not self.polling and not self.closed:
-            self.polling = True
-            self._loop.call_soon(self._turn)
-
-    def _turn(self) -> None:
-        """One turn of the loop in busy or adaptive mode."""
-        if self.closed:
-            self.polling = False
-            return
-        try:
-            self._poll_turn()
-        except DeviceError as error:
-            self.polling = False
-            self._device_gone(error)
-
-    def _poll_turn(self) -> None:
-        self._turns += 1
-        last_hit = self.last_hit_ns
-        budget, spin = _TURN_LIMIT, self._turn_spin_ns(now_ns())
-        for queue in self._queues:
-            while budget > 0 and (count := self.serve(queue.pointer, spin)):
-                budget -= count
-                if count < POLL_BATCH:
-                    break
-        if budget <= 0:
-            self._queues.append(self._queues.pop(0))  # the next in line starts
-        self._learn_gap(last_hit)
-        self._left_ns = now = now_ns()
-        since = max(self.last_hit_ns, self._asked_ns)
-        if self.mode == "busy" or (self.adaptive and now - since < self._turns_ns()):
-            self._loop.call_soon(self._turn)
-            return
-        self.polling = False
-        self._drain_and_arm()
-
-    def _turn_spin_ns(self, now: int) -> int:
-        """How long to poll in C in this turn. Not when others want theirs: uvloop does not tell, but then the turn
-        before took long."""
-        if len(self._queues) > 1:
-            return 0
-        if self._ready is None:
-            return _TURN_SPIN_NS if now - self._left_ns < _EMPTY_TURN_NS else 0
-        return 0 if len(self._ready) > self.turn_marked else _TURN_SPIN_NS
-
-    # --- turns of the loop ---------------------------------------------------------------------------
-
-    def _mark_turn(self) -> None:
-        """Called by the table, once a turn of the loop, when something happens in it that ends with it."""
-        self._loop.call_soon(self.turned)
 
     # --- asynchronous events -------------------------------------------------------------------------
 
@@ -395,7 +328,7 @@ class CqReactor(Table):
             events=self._events,
             wakeups=self._wakeups,
             arms=self._arms,
-            turns=self._turns,
+            turns=self.turns,
             inline_polls=self.inline_polls,
             inline_hits=self.inline_hits,
             spin_seconds=self.spin_ns / 1e9,

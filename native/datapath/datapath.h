@@ -8,6 +8,7 @@
  * inbox.c     Inbox     items in order of arrival, and who waits for them
  * wait.c      Wait      what a task awaits there, and how it is woken
  * next.c      Next      the await of what comes next there: polls, waits, takes it
+ * turn.c                the end of a turn of the loop, and polling on turns
  * table.c     Table     the pending table: work-request id to object; polls, and hands out completions
  * receive.c   Ring, Buffer, Receiver: posted receives, and messages that arrive in them
  * users.c     the receivers of a ring, by queue pair
@@ -76,7 +77,10 @@ typedef struct {
 
 long long now_ns(void);
 void governor_learn(Governor *governor, long long elapsed_ns);
+long long governor_turns_ns(const Governor *governor); /* how long polling on turns may go on, finding nothing */
 int governor_of(PyObject *value, Governor **governor); /* borrowed; None: NULL. -1 and TypeError */
+
+#define POLL_BATCH 64 /* completions of one poll, 2.5 KiB of stack: as many mean that there may be more */
 
 struct pending {
     PyObject *entry; /* NULL: free */
@@ -89,12 +93,13 @@ typedef struct {
     uint32_t *free; /* a stack of free slots */
     uint32_t size, used, free_count;
     Sender *dirty;         /* senders with frames that were not posted yet; borrowed, they leave before they die */
-    PyObject *schedule;    /* called once a turn of the loop: it makes the loop call turned() in the next */
     PyObject *on_error;    /* called with an exception out of a completion */
     unsigned long long turn;
     unsigned long thread;  /* whose loop it is */
     unsigned long process; /* counts forks */
-    char turn_marked, dispatching;
+    char turn_marked;      /* something happened in this turn of the loop that ends with it */
+    char turn_due;         /* the loop was asked to call turned(), for nobody polls in the next turn */
+    char dispatching;
     PyObject *loop;
     PyObject *done; /* a future that is: of what needs no waiting */
     struct objects to_wake; /* Waits that are over, whose tasks have not run, and what soon() was given */
@@ -107,7 +112,14 @@ typedef struct {
     long long handed_out; /* what somebody may have been woken by, since the start */
     unsigned int woken;   /* receivers that have their item and have not run */
     unsigned int stays;   /* awaits of this turn that completed without one */
-    char spinning, polling, adaptive, closed;
+    char spinning, polling, busy, adaptive, closed;
+    /* turn.c */
+    struct ibv_cq **queues;
+    size_t queue_count, first_queue; /* the first that is polled, modulo their number */
+    Governor *governor, *arrivals;   /* of what we have posted, and of what comes */
+    long long asked_ns;              /* when somebody began to wait */
+    long long left_ns;               /* when a turn that polled was over */
+    long long turns;
     long long completions, stale, polls, empty_polls;
 } Table;
 
@@ -160,6 +172,9 @@ int wait_give(Wait *wait, PyObject *item); /* 1: it has it; 0: it waits no more;
 int wait_fail(Wait *wait, PyObject *error); /* the wait is over; -1 and an exception */
 PyObject *wait_item(const Wait *wait);     /* what it has got, borrowed, or NULL */
 bool wait_has_task(const Wait *wait);      /* a task is to be woken */
+/* Of the arguments of add_done_callback(callback, *, context=None): that context or a copy of the current one. NULL and
+ * TypeError. */
+PyObject *context_of_callback(PyObject *const *args, Py_ssize_t count, PyObject *names);
 PySendResult wait_send(PyObject *wait, PyObject *unused, PyObject **value);
 PyObject *sent_as_iterator(PySendResult sent, PyObject *value); /* steals the value; what tp_iternext returns */
 int table_line_up(Table *table, PyObject *object); /* a Wait, or a callable: it is called by table_wake() */
@@ -186,10 +201,19 @@ bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
 const struct pending *table_slot(const Table *table, uint64_t wr_id); /* where it is; until the next table_add() */
 int table_count_forks(void); /* once, or an errno */
 bool table_here(const Table *table); /* the caller is in the table's thread, and its process was not forked off */
-int table_mark_turn(Table *table);                              /* -1 and an exception */
+int table_call_soon(Table *table, PyObject *method); /* by the loop; -1 and an exception */
+int table_mark_turn(Table *table);      /* its end will be seen; -1 and an exception */
+void table_turned(Table *table);        /* here it is */
+void table_flush(Table *table);         /* what was sent since the first message of this turn goes to the device */
+int table_add_queue(Table *table, struct ibv_cq *cq); /* polled on turns; -1 and MemoryError */
+int table_poll_on_turns(Table *table);  /* from now on, while that pays; -1 and an exception */
+int table_poll_turn(Table *table);      /* does, once; -1 and an exception */
 /* Posts what waits for that, polls once (or spins, without the GIL), and hands out what is there: how many completions
  * there were. Negative: the device has failed, and failed() of the table knows. */
 int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns);
+/* The same, and then runs those who waited for it: of callbacks of the loop. Never negative. */
+int table_serve(Table *table, struct ibv_cq *cq, uint64_t spin_ns);
+void table_learn_gap(Table *table, long long before); /* something may have been found, the last time at `before` */
 
 struct spin {
     struct ibv_cq *cq;
@@ -440,8 +464,8 @@ extern PyObject *ready_iterator; /* the one Ready for None */
 extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
-extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling,
-    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
+extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned, *name_wake, *name_sleep,
+    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_call_soon,
     *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
     *name_compare_swap_later;
 

@@ -7,9 +7,9 @@ PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *
 PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *closed_error,
     *copy_context, *running_loop;
 PyObject *ready_iterator;
-PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_keep_polling, *name_idle,
-    *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_send_later, *name_write_later, *name_read_later,
-    *name_fetch_add_later, *name_compare_swap_later;
+PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned, *name_wake,
+    *name_sleep, *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_call_soon,
+    *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later, *name_compare_swap_later;
 
 int call_none(PyObject *object, PyObject *name)
 {
@@ -57,13 +57,17 @@ static const struct {
     {"pump", &name_pump},
     {"send_control", &name_send_control},
     {"used", &name_used},
-    {"keep_polling", &name_keep_polling},
+    {"poll_turn", &name_poll_turn},
+    {"turned", &name_turned},
+    {"wake", &name_wake},
+    {"sleep", &name_sleep},
     {"idle", &name_idle},
     {"take", &name_take},
     {"give", &name_give},
     {"address", &name_address},
     {"lkey", &name_lkey},
     {"run", &name_run},
+    {"call_soon", &name_call_soon},
     {"__self__", &name_self},
     {"_send_later", &name_send_later},
     {"_write_later", &name_write_later},

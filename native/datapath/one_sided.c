@@ -352,8 +352,7 @@ static PyObject *future_of(OneSided *op)
     op->future = PyObject_CallMethod(op->sender->loop, "create_future", NULL);
     if (op->future && op->callbacks && watch_future(op))
         return NULL;
-    if (op->future && table->adaptive && !table->polling && table->waiting > 1 &&
-        call_none((PyObject *)table, name_keep_polling))
+    if (op->future && table->adaptive && table->waiting > 1 && table_poll_on_turns(table))
         return NULL;
     return op->future;
 }
@@ -515,20 +514,16 @@ static PyObject *one_sided_get_loop(PyObject *self, PyObject *unused)
     return Py_NewRef(((OneSided *)self)->sender->loop);
 }
 
-static PyObject *one_sided_add_done_callback(PyObject *self, PyObject *args, PyObject *kwargs)
+static PyObject *one_sided_add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    static char *names[] = {"", "context", NULL};
     OneSided *op = (OneSided *)self;
     Table *table = op->sender->table;
-    PyObject *callback, *context = Py_None, *pair;
+    PyObject *context = context_of_callback(args, count, names), *pair;
     int rc;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O", names, &callback, &context) || notice_cancellation(op))
-        return NULL;
-    context = context == Py_None ? PyObject_CallFunctionObjArgs(copy_context, NULL) : Py_NewRef(context);
     if (!context)
         return NULL;
-    pair = PyTuple_Pack(2, callback, context);
+    pair = notice_cancellation(op) ? NULL : PyTuple_Pack(2, args[0], context);
     Py_DECREF(context);
     if (!pair)
         return NULL;
@@ -540,8 +535,8 @@ static PyObject *one_sided_add_done_callback(PyObject *self, PyObject *args, PyO
     Py_DECREF(pair);
     if (!rc && is_over(op))
         rc = schedule_callbacks(op);
-    else if (!rc && table->adaptive && !table->polling && table->waiting > 1)
-        rc = call_none((PyObject *)table, name_keep_polling);
+    else if (!rc && table->adaptive && table->waiting > 1)
+        rc = table_poll_on_turns(table);
     if (rc)
         return NULL;
     Py_RETURN_NONE;
@@ -632,7 +627,7 @@ static PyMethodDef one_sided_methods[] = {
     {"follow", one_sided_follow, METH_O, "follow(future): ends as that future did."},
     {"spin", one_sided_spin, METH_NOARGS, "Polls for it, as await does before it goes to the event loop."},
     {"get_loop", one_sided_get_loop, METH_NOARGS, "Its event loop."},
-    {"add_done_callback", (PyCFunction)(void (*)(void))one_sided_add_done_callback, METH_VARARGS | METH_KEYWORDS,
+    {"add_done_callback", (PyCFunction)(void (*)(void))one_sided_add_done_callback, METH_FASTCALL | METH_KEYWORDS,
      "As asyncio.Future.add_done_callback()."},
     {"remove_done_callback", one_sided_remove_done_callback, METH_O, "As asyncio.Future.remove_done_callback()."},
     {NULL, NULL, 0, NULL},

@@ -87,14 +87,15 @@ static PyObject *inline_ns(PyObject *self, PyObject *unused)
     return PyLong_FromLongLong(governor_inline_ns((Governor *)self));
 }
 
+long long governor_turns_ns(const Governor *governor)
+{
+    return governor->average_ns > governor->turn_cap_ns ? 0 : lesser(governor->turn_cap_ns, 4 * governor->average_ns);
+}
+
 static PyObject *turns_ns(PyObject *self, PyObject *unused)
 {
-    Governor *governor = (Governor *)self;
-
     (void)unused;
-    if (governor->average_ns > governor->turn_cap_ns)
-        return PyLong_FromLong(0);
-    return PyLong_FromLongLong(lesser(governor->turn_cap_ns, 4 * governor->average_ns));
+    return PyLong_FromLongLong(governor_turns_ns((Governor *)self));
 }
 
 static int governor_init(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -157,7 +158,7 @@ static bool others_ready(const Table *table)
     if (!table->ready)
         return false;
     ready = PyObject_Size(table->ready);
-    return ready > table->polling + table->turn_marked;
+    return ready > table->polling + table->turn_due;
 }
 
 /* 1: this await may complete without a turn of the loop; 0: not; -1 and an exception. */
@@ -206,7 +207,5 @@ int table_spin(Table *table, const struct spin *spin)
     done = spin->done(spin->what);
     table->inline_polls++;
     table->inline_hits += done;
-    if (spin->governor && !done && table->adaptive)
-        return call_none((PyObject *)table, name_keep_polling);
-    return 0;
+    return spin->governor && !done && table->adaptive ? table_poll_on_turns(table) : 0;
 }

@@ -7,8 +7,6 @@
 
 #include <pthread.h>
 
-#define BATCH 64 /* completions of one poll: 2.5 KiB of stack */
-
 static int table_grow(Table *table)
 {
     uint32_t size = table->size ? 2 * table->size : 64;
@@ -100,20 +98,6 @@ int table_count_forks(void)
     return pthread_atfork(NULL, NULL, count_fork);
 }
 
-int table_mark_turn(Table *table)
-{
-    PyObject *result;
-
-    if (table->turn_marked)
-        return 0;
-    result = PyObject_CallFunctionObjArgs(table->schedule, NULL);
-    if (!result)
-        return -1;
-    Py_DECREF(result);
-    table->turn_marked = 1;
-    return 0;
-}
-
 void table_unraisable(Table *table)
 {
     PyObject *type, *value, *traceback, *result;
@@ -131,8 +115,7 @@ void table_unraisable(Table *table)
     Py_XDECREF(traceback);
 }
 
-/* What was sent since the first message of this turn goes to the device, and a poll finds what that brings. */
-static void flush_all(Table *table)
+void table_flush(Table *table)
 {
     Sender *sender;
 
@@ -189,16 +172,16 @@ static void lost(Table *table, int error)
 
 int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns)
 {
-    struct glue_wc wcs[BATCH];
+    struct glue_wc wcs[POLL_BATCH];
     int got;
 
-    flush_all(table);
+    table_flush(table); /* and the poll finds what that brings */
     if (spin_ns) {
         Py_BEGIN_ALLOW_THREADS
-        got = glue_poll_spin(cq, wcs, BATCH, spin_ns);
+        got = glue_poll_spin(cq, wcs, POLL_BATCH, spin_ns);
         Py_END_ALLOW_THREADS
     } else {
-        got = glue_poll(cq, wcs, BATCH);
+        got = glue_poll(cq, wcs, POLL_BATCH);
     }
     table->polls++;
     if (got <= 0) {
@@ -227,24 +210,43 @@ static PyObject *poll_queue(PyObject *self, PyObject *cq)
     return PyLong_FromLong(got > 0 ? got : 0);
 }
 
-static PyObject *serve(PyObject *self, PyObject *args)
+int table_serve(Table *table, struct ibv_cq *cq, uint64_t spin_ns)
 {
-    Table *table = (Table *)self;
-    unsigned long long cq;
-    long long spin_ns, start = 0;
+    long long start = table->polling ? now_ns() : 0;
     int got;
 
-    if (!PyArg_ParseTuple(args, "KL", &cq, &spin_ns))
-        return NULL;
-    if (table->polling)
-        start = now_ns();
     table->waking = 1;
-    got = table_poll(table, (struct ibv_cq *)(uintptr_t)cq, (uint64_t)spin_ns);
+    got = table_poll(table, cq, spin_ns);
     if (start)
         table->spin_ns += (got > 0 ? table->last_hit_ns : now_ns()) - start;
     table_wake(table);
     table->waking = 0;
-    return PyLong_FromLong(got > 0 ? got : 0);
+    return got > 0 ? got : 0;
+}
+
+static PyObject *serve(PyObject *self, PyObject *cq)
+{
+    unsigned long long address = PyLong_AsUnsignedLongLong(cq);
+
+    if (PyErr_Occurred())
+        return NULL;
+    return PyLong_FromLong(table_serve((Table *)self, (struct ibv_cq *)(uintptr_t)address, 0));
+}
+
+void table_learn_gap(Table *table, long long before)
+{
+    if (before && table->last_hit_ns != before)
+        governor_learn(table->arrivals, table->last_hit_ns - before);
+}
+
+static PyObject *learn_gap(PyObject *self, PyObject *before)
+{
+    long long before_ns = PyLong_AsLongLong(before);
+
+    if (PyErr_Occurred())
+        return NULL;
+    table_learn_gap((Table *)self, before_ns);
+    Py_RETURN_NONE;
 }
 
 static PyObject *wake(PyObject *self, PyObject *unused)
@@ -327,14 +329,33 @@ static PyObject *mark_turn(PyObject *self, PyObject *unused)
 
 static PyObject *turned(PyObject *self, PyObject *unused)
 {
-    Table *table = (Table *)self;
-
     (void)unused;
-    table->turn++;
-    table->turn_marked = 0;
-    table->stays = 0;
-    table->turn_spent_ns = 0;
-    flush_all(table);
+    table_turned((Table *)self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *add_queue(PyObject *self, PyObject *cq)
+{
+    unsigned long long address = PyLong_AsUnsignedLongLong(cq);
+
+    if (PyErr_Occurred() || table_add_queue((Table *)self, (struct ibv_cq *)(uintptr_t)address))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *poll_on_turns(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (table_poll_on_turns((Table *)self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *poll_turn(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (table_poll_turn((Table *)self))
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -345,14 +366,14 @@ static Py_ssize_t table_length(PyObject *self)
 
 static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"loop", "schedule", "on_error", "ready", "inline_cap_ns", NULL};
+    static char *names[] = {"loop", "on_error", "ready", "inline_cap_ns", "governor", "arrivals", NULL};
     Table *table = (Table *)self;
-    PyObject *loop, *schedule, *on_error, *ready, *result;
+    PyObject *loop, *on_error, *ready, *governor, *arrivals, *result;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOL", names, &loop, &schedule, &on_error, &ready,
-                                     &table->inline_cap_ns))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOLO!O!", names, &loop, &on_error, &ready,
+                                     &table->inline_cap_ns, governor_type, &governor, governor_type, &arrivals))
         return -1;
-    if (table->schedule) {
+    if (table->loop) {
         PyErr_SetString(PyExc_ValueError, "a table is made once");
         return -1;
     }
@@ -362,9 +383,10 @@ static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
         return -1;
     Py_DECREF(result);
     table->loop = Py_NewRef(loop);
-    table->schedule = Py_NewRef(schedule);
     table->on_error = Py_NewRef(on_error);
     table->ready = ready == Py_None ? NULL : Py_NewRef(ready);
+    table->governor = (Governor *)Py_NewRef(governor);
+    table->arrivals = (Governor *)Py_NewRef(arrivals);
     table->thread = PyThread_get_thread_ident();
     table->process = forks;
     table->turn = 1; /* senders start at 0: their first message is the first of its turn */
@@ -382,9 +404,10 @@ static int table_traverse(PyObject *self, visitproc visit, void *arg)
         Py_VISIT(table->slots[i].entry);
     Py_VISIT(table->loop);
     Py_VISIT(table->done);
-    Py_VISIT(table->schedule);
     Py_VISIT(table->on_error);
     Py_VISIT(table->ready);
+    Py_VISIT((PyObject *)table->governor);
+    Py_VISIT((PyObject *)table->arrivals);
     Py_VISIT((PyObject *)Py_TYPE(self));
     return 0;
 }
@@ -398,7 +421,6 @@ static int table_clear(PyObject *self)
     objects_clear(&table->to_wake);
     Py_CLEAR(table->loop);
     Py_CLEAR(table->done);
-    Py_CLEAR(table->schedule);
     Py_CLEAR(table->on_error);
     Py_CLEAR(table->ready);
     return 0;
@@ -410,6 +432,9 @@ static void table_dealloc(PyObject *self)
     table_clear(self);
     PyMem_Free(((Table *)self)->slots);
     PyMem_Free(((Table *)self)->free);
+    PyMem_Free(((Table *)self)->queues);
+    Py_CLEAR(((Table *)self)->governor);
+    Py_CLEAR(((Table *)self)->arrivals);
     object_free(self);
 }
 
@@ -420,9 +445,10 @@ static PyMethodDef table_methods[] = {
     {"poll", poll_queue, METH_O,
      "poll(cq): posts what waits for that, polls the queue at this address once, and hands out what is there; how\n"
      "many. When the device has failed: 0, after self.failed(errno)."},
-    {"serve", serve, METH_VARARGS,
-     "serve(cq, spin_ns): the same, for up to so long until something is there; then runs those who waited for it.\n"
-     "Only a callback of the loop may do this."},
+    {"serve", serve, METH_O,
+     "serve(cq): the same, then runs those who waited for it. Only a callback of the loop may do this."},
+    {"learn_gap", learn_gap, METH_O,
+     "learn_gap(before): something may have been found, the last time at `before` ns: so long polling has to last."},
     {"wake", wake, METH_NOARGS, "Runs those whose wait is over. Only a callback of the loop may do this."},
     {"soon", soon, METH_O,
      "Has callback() called after those: by the callback of the loop that polls just now, or by one of its own, and\n"
@@ -430,16 +456,21 @@ static PyMethodDef table_methods[] = {
     {"spin", spin, METH_VARARGS,
      "spin(what, cq, governor, once): polls inside an await, once, and then until what.done() or the time is up:\n"
      "governor sets the time and learns from the outcome, None is the cap, once ends there. Calls\n"
-     "self.keep_polling() when polling should go on with the loop."},
-    {"mark_turn", mark_turn, METH_NOARGS, "Makes the loop call turned() in its next turn, once."},
-    {"turned", turned, METH_NOARGS, "A turn of the loop is over: posts what was gathered in it."},
+     "self.poll_on_turns() when polling should go on with the loop."},
+    {"mark_turn", mark_turn, METH_NOARGS, "The end of this turn of the loop will be seen."},
+    {"turned", turned, METH_NOARGS, "A callback of the loop: a turn is over. Posts what was gathered in it."},
+    {"add_queue", add_queue, METH_O, "add_queue(cq): polled on turns from now on."},
+    {"poll_on_turns", poll_on_turns, METH_NOARGS,
+     "Polls on turns of the loop from now on: in busy mode, and as long as that is likely to find something. Calls\n"
+     "self.sleep() when that is over."},
+    {"poll_turn", poll_turn, METH_NOARGS, "A callback of the loop: does so, and asks for the next turn."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef table_members[] = {
     {"dispatching", T_BOOL, offsetof(Table, dispatching), READONLY, "Completions that were polled are handed out."},
-    {"turn_marked", T_BOOL, offsetof(Table, turn_marked), READONLY, "turned() will be called."},
-    {"polling", T_BOOL, offsetof(Table, polling), 0, "Polls on turns of the loop."},
+    {"polling", T_BOOL, offsetof(Table, polling), READONLY, "Polls on turns of the loop."},
+    {"busy", T_BOOL, offsetof(Table, busy), 0, "Somebody is in busy mode."},
     {"adaptive", T_BOOL, offsetof(Table, adaptive), 0, "Somebody is in adaptive mode, and nobody in busy mode."},
     {"closed", T_BOOL, offsetof(Table, closed), 0, "Nothing is polled inside awaits any more."},
     {"waiting", T_LONGLONG, offsetof(Table, waiting), 0, "Operations, not receives, that are posted."},
@@ -448,6 +479,9 @@ static PyMemberDef table_members[] = {
     {"inline_polls", T_LONGLONG, offsetof(Table, inline_polls), READONLY, NULL},
     {"inline_hits", T_LONGLONG, offsetof(Table, inline_hits), READONLY, NULL},
     {"completions", T_LONGLONG, offsetof(Table, completions), READONLY, NULL},
+    {"turns", T_LONGLONG, offsetof(Table, turns), READONLY, "On which it was polled."},
+    {"governor", T_OBJECT, offsetof(Table, governor), READONLY, "Of what we have posted."},
+    {"arrivals", T_OBJECT, offsetof(Table, arrivals), READONLY, "Of what comes."},
     {"stale", T_LONGLONG, offsetof(Table, stale), READONLY, NULL},
     {"polls", T_LONGLONG, offsetof(Table, polls), READONLY, NULL},
     {"empty_polls", T_LONGLONG, offsetof(Table, empty_polls), READONLY, NULL},
@@ -458,7 +492,7 @@ static PyType_Slot table_slots[] = {
     {Py_tp_init, table_init},         {Py_tp_dealloc, table_dealloc}, {Py_tp_traverse, table_traverse},
     {Py_tp_clear, table_clear},       {Py_tp_methods, table_methods}, {Py_tp_members, table_members},
     {Py_sq_length, table_length},
-    {Py_tp_doc, "Table(schedule, on_error, ready, inline_cap_ns): posted work requests, and who gets their completions."},
+    {Py_tp_doc, "Table(loop, on_error, ready, inline_cap_ns, governor, arrivals): posted work requests, and who gets their completions."},
     {0, NULL},
 };
 

@@ -15,16 +15,9 @@ enum wait_state { WAIT_WAITS, WAIT_DONE, WAIT_FAILED, WAIT_CANCELLED };
 
 static int ask_loop(Table *table)
 {
-    PyObject *wake, *result = NULL;
-
     if (table->wake_due)
         return 0;
-    wake = PyObject_GetAttrString((PyObject *)table, "wake");
-    if (wake)
-        result = PyObject_CallMethod(table->loop, "call_soon", "O", wake);
-    Py_XDECREF(wake);
-    Py_XDECREF(result);
-    if (!result)
+    if (table_call_soon(table, name_wake))
         return -1;
     table->wake_due = 1;
     return 0;
@@ -198,7 +191,7 @@ static void learn(const Wait *wait, PyObject *callback, PyObject *context)
         return;
     Py_INCREF((PyObject *)inbox);
     resumed = &inbox->resumed;
-    task = PyObject_GetAttr(callback, name_self);
+    task = PyCFunction_Check(callback) ? Py_XNewRef(PyCFunction_GetSelf(callback)) : PyObject_GetAttr(callback, name_self);
     if (!task)
         PyErr_Clear();
     else if (task != resumed->part[RESUMED_TASK].at)
@@ -264,21 +257,33 @@ static PyObject *wait_next(PyObject *self)
     return sent_as_iterator(sent, value);
 }
 
-static PyObject *add_done_callback(PyObject *self, PyObject *args, PyObject *kwargs)
+PyObject *context_of_callback(PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    static char *names[] = {"", "context", NULL};
-    Wait *wait = (Wait *)self;
-    PyObject *callback, *context;
+    Py_ssize_t named = names ? PyTuple_Size(names) : 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$O", names, &callback, &context))
+    if (count != 1 || named > 1 ||
+        (named && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "context"))) {
+        PyErr_SetString(PyExc_TypeError, "add_done_callback() takes a callback, and a context by its name");
         return NULL;
-    learn(wait, callback, context); /* which may run code of others */
+    }
+    return named && args[1] != Py_None ? Py_NewRef(args[1]) : PyObject_CallFunctionObjArgs(copy_context, NULL);
+}
+
+static PyObject *add_done_callback(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Wait *wait = (Wait *)self;
+    PyObject *context = context_of_callback(args, count, names);
+
+    if (!context)
+        return NULL;
+    learn(wait, args[0], context); /* which may run code of others */
     if (wait->callback) {
+        Py_DECREF(context);
         PyErr_SetString(invalid_state_error, "another task waits already");
         return NULL;
     }
-    wait->callback = Py_NewRef(callback);
-    wait->context = Py_NewRef(context);
+    wait->callback = Py_NewRef(args[0]);
+    wait->context = context;
     if (wait->state != WAIT_WAITS && line_up(wait))
         return NULL;
     Py_RETURN_NONE;
@@ -344,8 +349,8 @@ static void wait_dealloc(PyObject *self)
 static PyMethodDef wait_methods[] = {
     {"result", result, METH_NOARGS, "The item, or raises what ended the wait."},
     {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, "Ends the wait; False when it is over."},
-    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_VARARGS | METH_KEYWORDS,
-     "add_done_callback(callback, *, context): for the one task that waits."},
+    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_FASTCALL | METH_KEYWORDS,
+     "As asyncio.Future.add_done_callback(); for the one task that waits."},
     {"get_loop", get_loop, METH_NOARGS, "The event loop."},
     {NULL, NULL, 0, NULL},
 };
