@@ -18,14 +18,15 @@ Three modes, the strongest of those attached:
 
 - event: sleeps on the channel as described.
 - busy: polls on every turn of the loop. The loop never sleeps, which costs a core.
-- adaptive: sleeps like event, but polls while that pays. First inside the awaiting call (`spin`): in C,
+- adaptive: sleeps like event, but polls while that pays. First inside the awaiting call (`spin`): in C, soon
   without the GIL, for a bounded time, so that a fast completion needs no turn of the loop. Then on turns of the
   loop. Then it arms. How long, and whether at all, follows from measured completion times: Governor.
 
 In every mode, awaiting an operation polls once before it goes to the loop: an operation may well have completed
 by then, and one poll costs less than a turn.
 
-The spinning itself, what it learns, and how others are kept from starving, is in native/datapath/spin.c.
+The spinning itself, what it learns, and how others are kept from starving, is in native/datapath/spin.c; polling
+on turns of the loop in native/datapath/turn.c.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ._native._datapath import Governor, Table
 from .config import Mode

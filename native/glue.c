@@ -272,7 +272,7 @@ static uint64_t now_ns(void)
 }
 
 /* As glue_poll(), but keeps polling until a completion is there or `budget_ns` have passed. This is the only
- * place that waits, and the caller holds no lock in it (not the GIL either). */
+ * place that waits; who calls it for more than microseconds holds no lock in it (not the GIL either). */
 int glue_poll_spin(struct ibv_cq *cq, struct glue_wc *out, int max, uint64_t budget_ns)
 {
     uint64_t deadline = now_ns() + budget_ns;

@@ -8,7 +8,7 @@
  *  - The result is 0 or a positive errno value, unless the comment says otherwise; errno itself is never left
  *    for the caller to read, because the interpreter may run other code in between.
  *  - Objects belong to the caller; nothing here keeps a pointer after it returns, and there is no global state.
- *  - Called without the GIL. The calls on one queue pair, one completion queue or one channel must not
+ *  - Called with the GIL or without it. The calls on one queue pair, one completion queue or one channel must not
  *    overlap unless verbs itself allows it (libibverbs objects are thread-safe unless made otherwise).
  *  - No function blocks, glue_poll_spin() apart, which is bounded by its budget.
  */

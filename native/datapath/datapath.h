@@ -18,7 +18,7 @@
  * spin.c      Governor, and spinning inside an await
  * endpoint.c  Endpoint: what a user calls, of all this
  *
- * Everything runs with the GIL held, which is the only lock; it is released while spinning. Objects of one
+ * Everything runs with the GIL held, which is the only lock; it is released while spinning for long. Objects of one
  * connection or reactor are used from one thread (their event loop's). Verbs objects are given as addresses by who
  * keeps them alive. Posting calls nothing back; completions may call anything, so no pointer into a growing array
  * is kept across one. */
@@ -208,7 +208,7 @@ void table_flush(Table *table);         /* what was sent since the first message
 int table_add_queue(Table *table, struct ibv_cq *cq); /* polled on turns; -1 and MemoryError */
 int table_poll_on_turns(Table *table);  /* from now on, while that pays; -1 and an exception */
 int table_poll_turn(Table *table);      /* does, once; -1 and an exception */
-/* Posts what waits for that, polls once (or spins, without the GIL), and hands out what is there: how many completions
+/* Posts what waits for that, polls once (or spins), and hands out what is there: how many completions
  * there were. Negative: the device has failed, and failed() of the table knows. */
 int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns);
 /* The same, and then runs those who waited for it: of callbacks of the loop. Never negative. */

@@ -301,10 +301,11 @@ static bool sent_in_turn(const Sender *sender)
     return sender->turn == sender->table->turn;
 }
 
-/* Whether the next frame is the first of this turn of the loop, which goes out at once. Runs code of others. */
+/* Whether the next frame is the first of this turn of the loop, which goes out at once. Runs code of others. So does
+ * one that none before it is under way with: it would share its doorbell with none. */
 static bool begins_turn(Sender *sender)
 {
-    if (sent_in_turn(sender) || sender->queued)
+    if (sender->queued || (sent_in_turn(sender) && (sender->in_flight || sender->one_sided)))
         return false;
     if (table_mark_turn(sender->table))
         PyErr_Clear(); /* the loop is closed */
@@ -445,6 +446,17 @@ static bool is_usable(const Sender *sender)
     return sender->open && table_here(sender->table);
 }
 
+/* -1 and an exception: not bytes, or the like. */
+static int view_bytes(PyObject *data, Py_buffer *view)
+{
+    if (!PyBytes_CheckExact(data))
+        return PyObject_GetBuffer(data, view, PyBUF_SIMPLE);
+    view->obj = NULL; /* the caller has a reference */
+    view->buf = PyBytes_AsString(data);
+    view->len = PyBytes_Size(data);
+    return 0;
+}
+
 int sender_send(Sender *sender, PyObject *data)
 {
     struct frame frame = {0};
@@ -454,7 +466,7 @@ int sender_send(Sender *sender, PyObject *data)
 
     if (!is_usable(sender))
         return 0;
-    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)) {
+    if (view_bytes(data, &view)) {
         PyErr_Clear();
         return 0;
     }
@@ -489,7 +501,7 @@ static bool may_post(Sender *sender, bool at_once)
 /* Whether a write of this object goes this way; its buffer, which the caller releases. */
 static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_buffer *view)
 {
-    if (PyObject_GetBuffer(data, view, PyBUF_SIMPLE)) {
+    if (view_bytes(data, view)) {
         PyErr_Clear();
         return false;
     }

@@ -180,9 +180,11 @@ static void spin_on(Table *table, const struct spin *spin)
         return;
     start = now = now_ns();
     while (!spin->done(spin->what) && now - start < budget && !table->closed && table->handed_out == handed_out) {
-        if (table_poll(table, spin->cq, (uint64_t)(budget - (now - start))) < 0)
+        int got = table_poll(table, spin->cq, (uint64_t)(budget - (now - start)));
+
+        now = got > 0 ? table->last_hit_ns : now_ns();
+        if (got < 0)
             break;
-        now = now_ns();
     }
     if (governor)
         governor_hit(governor, spin->done(spin->what));

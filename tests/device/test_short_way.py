@@ -66,6 +66,20 @@ async def test_a_turn_shares_a_doorbell_and_nothing_waits_for_its_end(pair: Make
     assert [await both.server.recv() for _ in range(10)] == [b"%d" % i for i in range(10)]
 
 
+async def test_a_write_that_finds_nothing_under_way_waits_for_no_other(pair: MakePair) -> None:
+    """Though another one went out in this turn of the loop, which is done."""
+    both = await pair()
+    _, remote = await both.region(64)
+    sends = both.client._sends
+    for i in range(40):
+        await both.client.write(b"1", remote[i:])
+        alone = both.client.write(b"2", remote[i:])
+        assert sends.queued == 0
+        shares = both.client.write(b"3", remote[i:])
+        assert sends.queued == 1
+        await asyncio.gather(alone, shares)
+
+
 async def test_a_peer_whose_buffers_are_smaller_than_our_inline_data(pair: MakePair) -> None:
     both = await pair(Config(inline_size=220), Config(eager_size=64))
     for size in (64, 65, 200, 300):
@@ -414,6 +428,27 @@ async def test_others_hear_when_a_task_that_waits_is_cancelled(pair: MakePair) -
         await waiting
         assert write.cancelled()
     await asyncio.wait([task, waiting])
+
+
+async def test_a_write_has_nothing_of_one_before(pair: MakePair) -> None:
+    """Its memory may be that of one that was cancelled, failed, was watched or looked at."""
+    both = await pair()
+    _, remote = await both.region(64)
+    for i in range(40):
+        before = both.client.write(b"x", remote[i:])
+        before.add_done_callback(lambda future: None)
+        before.cancel("nobody wants it")
+        seen = weakref.ref(before)
+        await both.client.write(b"-", remote[i:])
+        del before
+        await asyncio.sleep(0)  # its callback had it
+        assert seen() is None
+        write = both.client.write(b"y", remote[i:])
+        assert gc.is_tracked(write)
+        assert not write.cancelled()
+        assert weakref.getweakrefcount(write) == 0
+        assert await write is None
+        assert write.exception() is None
 
 
 async def test_an_unfinished_write_has_no_result(pair: MakePair) -> None:
