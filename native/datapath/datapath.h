@@ -464,9 +464,9 @@ extern PyObject *ready_iterator; /* the one Ready for None */
 extern PyObject *device_error; /* callable: (errno, call) gives a DeviceError */
 int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
-extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned, *name_wake, *name_sleep,
-    *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_call_soon,
-    *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
+extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned,
+    *name_wake, *name_sleep, *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
+    *name_call_soon, *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
     *name_compare_swap_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,

@@ -7,9 +7,10 @@ PyTypeObject *ledger_type, *inbox_type, *table_type, *ring_type, *buffer_type, *
 PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *invalid_state_error, *closed_error,
     *copy_context, *running_loop;
 PyObject *ready_iterator;
-PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned, *name_wake,
-    *name_sleep, *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self, *name_call_soon,
-    *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later, *name_compare_swap_later;
+PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned,
+    *name_wake, *name_sleep, *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
+    *name_call_soon, *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
+    *name_compare_swap_later;
 
 int call_none(PyObject *object, PyObject *name)
 {

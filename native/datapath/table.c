@@ -501,7 +501,8 @@ static PyType_Slot table_slots[] = {
     {Py_tp_init, table_init},         {Py_tp_dealloc, table_dealloc}, {Py_tp_traverse, table_traverse},
     {Py_tp_clear, table_clear},       {Py_tp_methods, table_methods}, {Py_tp_members, table_members},
     {Py_sq_length, table_length},
-    {Py_tp_doc, "Table(loop, on_error, ready, inline_cap_ns, governor, arrivals): posted work requests, and who gets their completions."},
+    {Py_tp_doc, "Table(loop, on_error, ready, inline_cap_ns, governor, arrivals): posted work requests, and who gets\n"
+                "their completions."},
     {0, NULL},
 };
 

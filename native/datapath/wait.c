@@ -191,7 +191,10 @@ static void learn(const Wait *wait, PyObject *callback, PyObject *context)
         return;
     Py_INCREF((PyObject *)inbox);
     resumed = &inbox->resumed;
-    task = PyCFunction_Check(callback) ? Py_XNewRef(PyCFunction_GetSelf(callback)) : PyObject_GetAttr(callback, name_self);
+    if (PyCFunction_Check(callback))
+        task = Py_XNewRef(PyCFunction_GetSelf(callback));
+    else
+        task = PyObject_GetAttr(callback, name_self);
     if (!task)
         PyErr_Clear();
     else if (task != resumed->part[RESUMED_TASK].at)
