@@ -237,7 +237,7 @@ class CqReactor(Table):
         for queue in self._queues:
             found += self.serve(queue.pointer)
         self.learn_gap(last_hit)
-        if found and self.adaptive:
+        if found:
             self.poll_on_turns()
         return found
 
@@ -257,7 +257,7 @@ class CqReactor(Table):
                     self._loop.call_soon(self.sleep)
                     return
         self.learn_gap(last_hit)
-        if self.adaptive and budget < _TURN_LIMIT:
+        if budget < _TURN_LIMIT:
             self.poll_on_turns()
 
     def sleep(self) -> None:

@@ -476,7 +476,7 @@ class Connection(Endpoint):
 
     @property
     def sent_in_turn(self) -> bool:
-        """True when a small message has left in this turn of the event loop: those that follow are gathered."""
+        """True when a small message has left in this turn of the event loop: those that follow may be gathered."""
         return self._sends.sent_in_turn
 
     def flush(self) -> asyncio.Future[None]:

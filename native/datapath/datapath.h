@@ -117,7 +117,7 @@ typedef struct {
     struct ibv_cq **queues;
     size_t queue_count, first_queue; /* the first that is polled, modulo their number */
     Governor *governor, *arrivals;   /* of what we have posted, and of what comes */
-    long long asked_ns;              /* when somebody began to wait */
+    long long asked_ns;              /* when polling began */
     long long left_ns;               /* when a turn that polled was over */
     long long turns;
     long long completions, stale, polls, empty_polls;
@@ -206,8 +206,8 @@ int table_mark_turn(Table *table);      /* its end will be seen; -1 and an excep
 void table_turned(Table *table);        /* here it is */
 void table_flush(Table *table);         /* what was sent since the first message of this turn goes to the device */
 int table_add_queue(Table *table, struct ibv_cq *cq); /* polled on turns; -1 and MemoryError */
-int table_poll_on_turns(Table *table);  /* from now on, while that pays; -1 and an exception */
-int table_poll_turn(Table *table);      /* does, once; -1 and an exception */
+int table_poll_on_turns(Table *table);  /* from now on, if that pays in this mode; -1 and an exception */
+int table_poll_turn(Table *table);      /* does, in this turn; -1 and an exception */
 /* Posts what waits for that, polls once (or spins), and hands out what is there: how many completions
  * there were. Negative: the device has failed, and failed() of the table knows. */
 int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns);

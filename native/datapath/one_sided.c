@@ -376,7 +376,7 @@ static PyObject *future_of(OneSided *op)
     op->future = PyObject_CallMethod(op->sender->loop, "create_future", NULL);
     if (op->future && op->callbacks && watch_future(op))
         return NULL;
-    if (op->future && table->adaptive && table->waiting > 1 && table_poll_on_turns(table))
+    if (op->future && table->waiting > 1 && table_poll_on_turns(table))
         return NULL;
     return op->future;
 }
@@ -559,7 +559,7 @@ static PyObject *one_sided_add_done_callback(PyObject *self, PyObject *const *ar
     Py_DECREF(pair);
     if (!rc && is_over(op))
         rc = schedule_callbacks(op);
-    else if (!rc && table->adaptive && table->waiting > 1)
+    else if (!rc && table->waiting > 1)
         rc = table_poll_on_turns(table);
     if (rc)
         return NULL;

@@ -2,8 +2,9 @@
  *
  * A message that fits the inline data of the device and finds its credit is copied here and is the device's: it
  * needs no slot, no registered memory and no completion of its own. The first one of a turn of the loop leaves at
- * once; those behind it share a doorbell, at the end of the turn or when somebody polls. Of GROUP messages the last
- * is signaled, and up to MESSAGES are in flight; an error completes any of them, and ends the connection.
+ * once, and one that finds nothing under way; the others share a doorbell, at the end of the turn or when somebody
+ * polls. Of GROUP messages the last is signaled, and up to MESSAGES are in flight; an error completes any of them, and
+ * ends the connection.
  *
  * A larger one, up to what the peer's buffers hold, is copied to a staging buffer (staging.py), which is lent until
  * the completion of its group; so that it is not kept for long, each doorbell with such a message ends a group.

@@ -209,5 +209,5 @@ int table_spin(Table *table, const struct spin *spin)
     done = spin->done(spin->what);
     table->inline_polls++;
     table->inline_hits += done;
-    return spin->governor && !done && table->adaptive ? table_poll_on_turns(table) : 0;
+    return spin->governor && !done ? table_poll_on_turns(table) : 0;
 }

@@ -244,7 +244,7 @@ static PyObject *serve(PyObject *self, PyObject *cq)
 
 void table_learn_gap(Table *table, long long before)
 {
-    if (before && table->last_hit_ns != before)
+    if (before && table->last_hit_ns != before && table->arrivals)
         governor_learn(table->arrivals, table->last_hit_ns - before);
 }
 
@@ -328,14 +328,6 @@ static PyObject *remove_entry(PyObject *self, PyObject *args)
     return PyBool_FromLong(table_remove((Table *)self, wr_id, entry));
 }
 
-static PyObject *mark_turn(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    if (table_mark_turn((Table *)self))
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 static PyObject *turned(PyObject *self, PyObject *unused)
 {
     (void)unused;
@@ -393,7 +385,10 @@ static int table_init(PyObject *self, PyObject *args, PyObject *kwargs)
     Py_DECREF(result);
     table->loop = Py_NewRef(loop);
     table->on_error = Py_NewRef(on_error);
-    table->ready = ready == Py_None ? NULL : Py_NewRef(ready);
+    if (PyObject_Size(ready) >= 0)
+        table->ready = Py_NewRef(ready);
+    else
+        PyErr_Clear(); /* not known */
     table->governor = (Governor *)Py_NewRef(governor);
     table->arrivals = (Governor *)Py_NewRef(arrivals);
     table->thread = PyThread_get_thread_ident();
@@ -465,13 +460,12 @@ static PyMethodDef table_methods[] = {
     {"spin", spin, METH_VARARGS,
      "spin(what, cq, governor, once): polls inside an await, once, and then until what.done() or the time is up:\n"
      "governor sets the time and learns from the outcome, None is the cap, once ends there. Calls\n"
-     "self.poll_on_turns() when polling should go on with the loop."},
-    {"mark_turn", mark_turn, METH_NOARGS, "The end of this turn of the loop will be seen."},
+     "poll_on_turns() when polling should go on with the loop."},
     {"turned", turned, METH_NOARGS, "A callback of the loop: a turn is over. Posts what was gathered in it."},
     {"add_queue", add_queue, METH_O, "add_queue(cq): polled on turns from now on."},
     {"poll_on_turns", poll_on_turns, METH_NOARGS,
-     "Polls on turns of the loop from now on: in busy mode, and as long as that is likely to find something. Calls\n"
-     "self.sleep() when that is over."},
+     "Polls on turns of the loop from now on: in busy mode, and in adaptive mode as long as that is likely to find\n"
+     "something. Calls self.sleep() when that is over."},
     {"poll_turn", poll_turn, METH_NOARGS, "A callback of the loop: does so, and asks for the next turn."},
     {NULL, NULL, 0, NULL},
 };

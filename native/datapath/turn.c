@@ -26,9 +26,11 @@ int table_call_soon(Table *table, PyObject *method)
 int table_mark_turn(Table *table)
 {
     if (!table->turn_due && !table->polling) {
-        if (table_call_soon(table, name_turned))
+        table->turn_due = 1; /* before the loop is asked, for that may run anything */
+        if (table_call_soon(table, name_turned)) {
+            table->turn_due = 0;
             return -1;
-        table->turn_due = 1;
+        }
     }
     table->turn_marked = 1;
     return 0;
@@ -67,26 +69,25 @@ int table_add_queue(Table *table, struct ibv_cq *cq)
 /* How long it goes on when it finds nothing: for what we have posted, or for what comes. */
 static long long turns_ns(const Table *table)
 {
-    long long posted = governor_turns_ns(table->governor), comes = governor_turns_ns(table->arrivals);
+    long long posted, comes;
 
+    if (!table->governor)
+        return 0; /* __init__() was not called */
+    posted = governor_turns_ns(table->governor);
+    comes = governor_turns_ns(table->arrivals);
     return posted > comes ? posted : comes;
 }
 
 int table_poll_on_turns(Table *table)
 {
-    if (table->polling || table->closed || !(table->busy || turns_ns(table)))
+    if (table->polling || table->closed || !(table->busy || (table->adaptive && turns_ns(table))))
         return 0;
     table->asked_ns = now_ns();
-    if (table_call_soon(table, name_poll_turn))
-        return -1;
-    table->polling = 1;
-    return 0;
-}
-
-static int stop(Table *table)
-{
+    table->polling = 1; /* before the loop is asked, for that may run anything */
+    if (!table_call_soon(table, name_poll_turn))
+        return 0;
     table->polling = 0;
-    return table->turn_marked ? table_mark_turn(table) : 0;
+    return -1;
 }
 
 static bool goes_on(const Table *table)
@@ -124,17 +125,45 @@ static void poll_queues(Table *table)
     table_learn_gap(table, before);
 }
 
+/* The loop is asked for what polling saw to. -1 and an exception. */
+static int end_polling(Table *table)
+{
+    int rc;
+
+    table->polling = 0;
+    rc = table->turn_marked ? table_mark_turn(table) : 0;
+    if (rc)
+        table_unraisable(table);
+    return call_none((PyObject *)table, name_sleep);
+}
+
+/* -1 and an exception: that of a signal's handler comes out of call_soon(), mostly before it has done anything. So that is
+ * asked again, and polling ends if it still does not. */
+static int ask_for_turn(Table *table)
+{
+    PyObject *type, *value, *traceback;
+
+    if (!table_call_soon(table, name_poll_turn))
+        return 0;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (table_call_soon(table, name_poll_turn)) {
+        PyErr_Clear();
+        if (end_polling(table))
+            table_unraisable(table);
+    }
+    PyErr_Restore(type, value, traceback);
+    return -1;
+}
+
 int table_poll_turn(Table *table)
 {
+    if (!table->polling)
+        return 0;
     if (table->turn_marked && !table->turn_due)
         end_turn(table);
     table->turns++;
     if (!table->closed)
         poll_queues(table);
-    if (table->closed)
-        return stop(table);
     table->left_ns = now_ns();
-    if (goes_on(table))
-        return table_call_soon(table, name_poll_turn);
-    return stop(table) ? -1 : call_none((PyObject *)table, name_sleep);
+    return !table->closed && goes_on(table) ? ask_for_turn(table) : end_polling(table);
 }

@@ -430,7 +430,7 @@ static struct timespec *until(uint64_t deadline, struct timespec *ts)
     return ts;
 }
 
-/* Of the device thread only, which may be without the lock. */
+/* Of the device thread only, which may be without the lock: who reads the counters may be a moment behind. */
 static void count_wakeup(struct context *ctx)
 {
     __atomic_store_n(&ctx->counters.thread_wakeups, ctx->counters.thread_wakeups + 1, __ATOMIC_RELAXED);

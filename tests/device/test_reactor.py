@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from typing import Any
 
 import pytest
 
 from aiordma import Config, Connection
+from aiordma.testing import connected_pair
+from tests.conftest import device_under_test
 from tests.device.conftest import MakePair
 
 pytestmark = pytest.mark.device
@@ -117,3 +120,46 @@ async def test_many_operations_in_one_turn_and_few_crossings(pair: MakePair) -> 
         for _ in range(64):
             batch.write(b"x", remote)
     assert both.client.statistics().reactor.polls - before < 64
+
+
+# --- interruptions ----------------------------------------------------------------------------------------
+
+
+class Interrupted(asyncio.SelectorEventLoop):
+    """Ctrl-C, mostly, comes while C polls, and its exception out of what Python runs next."""
+
+    times = 0
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        if self.times and getattr(callback, "__name__", "") == "poll_turn":
+            self.times -= 1
+            raise KeyboardInterrupt
+        return super().call_soon(callback, *args, context=context)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interruption_while_polling_stops_nothing(times: int) -> None:
+    """The program may go on, or has to clean up."""
+    with asyncio.Runner(loop_factory=Interrupted) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, Interrupted)
+        pair = connected_pair(Config(mode="busy"), device=device_under_test().name)
+        both = runner.run(pair.__aenter__())
+
+        async def exchange() -> None:
+            for number in range(40):
+                for i in range(3):
+                    both.client.send(b"%d" % (number + i))
+                assert [await both.server.recv() for _ in range(3)] == [
+                    b"%d" % (number + i) for i in range(3)
+                ]
+
+        for _ in range(3):
+            loop.times = times
+            with pytest.raises(KeyboardInterrupt):
+                loop.run_until_complete(loop.create_future())
+            loop.times = 0
+            runner.run(exchange())
+        runner.run(pair.__aexit__(None, None, None))
