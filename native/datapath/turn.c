@@ -128,17 +128,14 @@ static void poll_queues(Table *table)
 /* The loop is asked for what polling saw to. -1 and an exception. */
 static int end_polling(Table *table)
 {
-    int rc;
-
     table->polling = 0;
-    rc = table->turn_marked ? table_mark_turn(table) : 0;
-    if (rc)
+    if (table->turn_marked && table_mark_turn(table))
         table_unraisable(table);
     return call_none((PyObject *)table, name_sleep);
 }
 
-/* -1 and an exception: that of a signal's handler comes out of call_soon(), mostly before it has done anything. So that is
- * asked again, and polling ends if it still does not. */
+/* -1 and an exception: that of a signal's handler comes out of call_soon(), mostly before it has done anything. So the
+ * loop is asked again, and polling ends if that fails too. */
 static int ask_for_turn(Table *table)
 {
     PyObject *type, *value, *traceback;
