@@ -201,7 +201,8 @@ bool table_remove(Table *table, uint64_t wr_id, PyObject *entry);
 const struct pending *table_slot(const Table *table, uint64_t wr_id); /* where it is; until the next table_add() */
 int table_count_forks(void); /* once, or an errno */
 bool table_here(const Table *table); /* the caller is in the table's thread, and its process was not forked off */
-int table_call_soon(Table *table, PyObject *method); /* by the loop; -1 and an exception */
+/* The loop calls the method in its next turn, unless it was asked already. -1 and an exception. */
+int table_ask(Table *table, char *asked, PyObject *method);
 int table_mark_turn(Table *table);      /* its end will be seen; -1 and an exception */
 void table_turned(Table *table);        /* here it is */
 void table_flush(Table *table);         /* what was sent since the first message of this turn goes to the device */

@@ -302,8 +302,8 @@ static bool sent_in_turn(const Sender *sender)
     return sender->turn == sender->table->turn;
 }
 
-/* Whether the next frame is the first of this turn of the loop, which goes out at once. Runs code of others. So does
- * one that none before it is under way with: it would share its doorbell with none. */
+/* Whether the next frame goes out at once: the first of this turn of the loop does, and one that finds nothing under
+ * way, for it would share its doorbell with none. Runs code of others. */
 static bool begins_turn(Sender *sender)
 {
     if (sender->queued || (sent_in_turn(sender) && (sender->in_flight || sender->one_sided)))

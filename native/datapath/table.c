@@ -208,14 +208,21 @@ int table_poll(Table *table, struct ibv_cq *cq, uint64_t spin_ns)
     return got;
 }
 
-static PyObject *poll_queue(PyObject *self, PyObject *cq)
+/* -1 and an exception: the address is none. */
+static int queue_at(PyObject *address, struct ibv_cq **cq)
 {
-    unsigned long long address = PyLong_AsUnsignedLongLong(cq);
+    *cq = (struct ibv_cq *)(uintptr_t)PyLong_AsUnsignedLongLong(address);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *poll_queue(PyObject *self, PyObject *address)
+{
+    struct ibv_cq *cq;
     int got;
 
-    if (PyErr_Occurred())
+    if (queue_at(address, &cq))
         return NULL;
-    got = table_poll((Table *)self, (struct ibv_cq *)(uintptr_t)address, 0);
+    got = table_poll((Table *)self, cq, 0);
     return PyLong_FromLong(got > 0 ? got : 0);
 }
 
@@ -233,13 +240,11 @@ int table_serve(Table *table, struct ibv_cq *cq, uint64_t spin_ns)
     return got > 0 ? got : 0;
 }
 
-static PyObject *serve(PyObject *self, PyObject *cq)
+static PyObject *serve(PyObject *self, PyObject *address)
 {
-    unsigned long long address = PyLong_AsUnsignedLongLong(cq);
+    struct ibv_cq *cq;
 
-    if (PyErr_Occurred())
-        return NULL;
-    return PyLong_FromLong(table_serve((Table *)self, (struct ibv_cq *)(uintptr_t)address, 0));
+    return queue_at(address, &cq) ? NULL : PyLong_FromLong(table_serve((Table *)self, cq, 0));
 }
 
 void table_learn_gap(Table *table, long long before)
@@ -335,11 +340,11 @@ static PyObject *turned(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *add_queue(PyObject *self, PyObject *cq)
+static PyObject *add_queue(PyObject *self, PyObject *address)
 {
-    unsigned long long address = PyLong_AsUnsignedLongLong(cq);
+    struct ibv_cq *cq;
 
-    if (PyErr_Occurred() || table_add_queue((Table *)self, (struct ibv_cq *)(uintptr_t)address))
+    if (queue_at(address, &cq) || table_add_queue((Table *)self, cq))
         return NULL;
     Py_RETURN_NONE;
 }

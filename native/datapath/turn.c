@@ -9,7 +9,7 @@
 #define TURN_SPIN_NS 10000 /* on uvloop only when the loop was back as soon as ... */
 #define EMPTY_TURN_NS 5000 /* ... this, with nothing to do for others */
 
-int table_call_soon(Table *table, PyObject *method)
+static int call_soon(Table *table, PyObject *method)
 {
     PyObject *callback = PyObject_GetAttr((PyObject *)table, method), *result = NULL;
 
@@ -20,18 +20,24 @@ int table_call_soon(Table *table, PyObject *method)
     return result ? 0 : -1;
 }
 
+int table_ask(Table *table, char *asked, PyObject *method)
+{
+    if (*asked)
+        return 0;
+    *asked = 1; /* before the loop is asked, for that may run anything */
+    if (!call_soon(table, method))
+        return 0;
+    *asked = 0;
+    return -1;
+}
+
 /* --- the end of a turn ------------------------------------------------------------------------------- */
 
 /* Who polls in the next turn sees this one end; else the loop is asked to say so. */
 int table_mark_turn(Table *table)
 {
-    if (!table->turn_due && !table->polling) {
-        table->turn_due = 1; /* before the loop is asked, for that may run anything */
-        if (table_call_soon(table, name_turned)) {
-            table->turn_due = 0;
-            return -1;
-        }
-    }
+    if (!table->polling && table_ask(table, &table->turn_due, name_turned))
+        return -1;
     table->turn_marked = 1;
     return 0;
 }
@@ -83,11 +89,7 @@ int table_poll_on_turns(Table *table)
     if (table->polling || table->closed || !(table->busy || (table->adaptive && turns_ns(table))))
         return 0;
     table->asked_ns = now_ns();
-    table->polling = 1; /* before the loop is asked, for that may run anything */
-    if (!table_call_soon(table, name_poll_turn))
-        return 0;
-    table->polling = 0;
-    return -1;
+    return table_ask(table, &table->polling, name_poll_turn);
 }
 
 static bool goes_on(const Table *table)
@@ -140,10 +142,10 @@ static int ask_for_turn(Table *table)
 {
     PyObject *type, *value, *traceback;
 
-    if (!table_call_soon(table, name_poll_turn))
+    if (!call_soon(table, name_poll_turn))
         return 0;
     PyErr_Fetch(&type, &value, &traceback);
-    if (table_call_soon(table, name_poll_turn)) {
+    if (call_soon(table, name_poll_turn)) {
         PyErr_Clear();
         if (end_polling(table))
             table_unraisable(table);

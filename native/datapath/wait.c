@@ -13,22 +13,12 @@ enum wait_state { WAIT_WAITS, WAIT_DONE, WAIT_FAILED, WAIT_CANCELLED };
 
 /* --- the line in the table --------------------------------------------------------------------------- */
 
-static int ask_loop(Table *table)
-{
-    if (table->wake_due)
-        return 0;
-    if (table_call_soon(table, name_wake))
-        return -1;
-    table->wake_due = 1;
-    return 0;
-}
-
 int table_line_up(Table *table, PyObject *object)
 {
     table->handed_out++;
     if (objects_append(&table->to_wake, object))
         return -1;
-    return table->waking ? 0 : ask_loop(table);
+    return table->waking ? 0 : table_ask(table, &table->wake_due, name_wake);
 }
 
 static int line_up(Wait *wait)
@@ -75,7 +65,7 @@ void table_wake(Table *table)
         else
             call(table, object);
     }
-    if (table->to_wake.count && ask_loop(table))
+    if (table->to_wake.count && table_ask(table, &table->wake_due, name_wake))
         table_unraisable(table);
 }
 

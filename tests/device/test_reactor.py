@@ -150,11 +150,10 @@ def test_an_interruption_while_polling_stops_nothing(times: int) -> None:
 
         async def exchange() -> None:
             for number in range(40):
-                for i in range(3):
-                    both.client.send(b"%d" % (number + i))
-                assert [await both.server.recv() for _ in range(3)] == [
-                    b"%d" % (number + i) for i in range(3)
-                ]
+                messages = [b"%d" % (number + i) for i in range(3)]
+                for message in messages:
+                    both.client.send(message)
+                assert [await both.server.recv() for _ in messages] == messages
 
         for _ in range(3):
             loop.times = times
