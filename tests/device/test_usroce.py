@@ -199,7 +199,8 @@ async def test_counters_count() -> None:
         after = usroce.counters(context)
         assert after.sent - before.sent >= 2, "the message and its acknowledgement"
         assert after.sent_bytes - before.sent_bytes > 1000
-        assert (after.bad_icrc, after.malformed, after.retransmitted) == (0, 0, 0)
+        assert (after.bad_icrc, after.malformed) == (0, 0)
+        assert after.timeouts or not after.retransmitted, "nothing is lost; but the machine may stall"
 
 
 async def test_damage_is_seen_and_mended() -> None:
