@@ -37,17 +37,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ._native._datapath import Governor, Table
+from ._native._datapath import POLL_BATCH, TURN_LIMIT, Governor, Table
 from .config import Mode
 from .errors import DeviceError, DeviceGoneError, MisuseError, call_failed
 from .verbs import AsyncEvent, CompletionChannel, CompletionQueue, Context, EventType
 
 now_ns = time.perf_counter_ns
 
-#: Completions of one poll (native/datapath/datapath.h): as many mean that there may be more.
-POLL_BATCH = 64
-#: Completions handled in one turn of draining before other callbacks of the loop get theirs.
-_TURN_LIMIT = 256
 #: Entries of the first completion queue. When they are all reserved, another is made, twice as large as the
 #: largest so far: few queues to poll, however many connections.
 _CQ_ENTRIES = 4096
@@ -243,7 +239,7 @@ class CqReactor(Table):
 
     def _drain_and_arm(self) -> None:
         """Drain, arm, drain again; goes on next turn when there was more than one turn's share."""
-        budget, last_hit = _TURN_LIMIT, self.last_hit_ns
+        budget, last_hit = TURN_LIMIT, self.last_hit_ns
         for queue in self._queues:
             while (count := self.serve(queue.pointer)) or queue not in self._armed:
                 budget -= count
@@ -257,7 +253,7 @@ class CqReactor(Table):
                     self._loop.call_soon(self.sleep)
                     return
         self.learn_gap(last_hit)
-        if budget < _TURN_LIMIT:
+        if budget < TURN_LIMIT:
             self.poll_on_turns()
 
     def sleep(self) -> None:

@@ -5,6 +5,9 @@ from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
+POLL_BATCH: int
+TURN_LIMIT: int
+
 class Inbox(Generic[T]):
     """Items in order of arrival, and a fair line of those who wait for one."""
 

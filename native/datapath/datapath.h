@@ -80,7 +80,8 @@ void governor_learn(Governor *governor, long long elapsed_ns);
 long long governor_turns_ns(const Governor *governor); /* how long polling on turns may go on, finding nothing */
 int governor_of(PyObject *value, Governor **governor); /* borrowed; None: NULL. -1 and TypeError */
 
-#define POLL_BATCH 64 /* completions of one poll, 2.5 KiB of stack: as many mean that there may be more */
+#define POLL_BATCH 64  /* completions of one poll, 2.5 KiB of stack: as many mean that there may be more */
+#define TURN_LIMIT 256 /* completions of one turn, before other callbacks of the loop get theirs */
 
 struct pending {
     PyObject *entry; /* NULL: free */

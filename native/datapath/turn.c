@@ -5,7 +5,6 @@
  * nothing has come for as long as completions usually take; the loop sleeps then. */
 #include "datapath.h"
 
-#define TURN_LIMIT 256     /* completions of one turn, before other callbacks of the loop get theirs */
 #define TURN_SPIN_NS 10000 /* on uvloop only when the loop was back as soon as ... */
 #define EMPTY_TURN_NS 5000 /* ... this, with nothing to do for others */
 
