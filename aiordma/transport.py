@@ -1215,39 +1215,42 @@ class Batch:
     have ended; one that was cancelled before is left out.
     """
 
-    __slots__ = ("_connection", "_operations")
+    __slots__ = ("_connection", "_operations", "_sends")
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._sends = connection._sends
         self._operations: list[Operation | OneSided] = []
 
-    def _add(self, operation: Operation) -> Operation:
-        operation._spin = None
+    def _add(self, operation: Operation | OneSided) -> asyncio.Future[Any]:
+        if isinstance(operation, Operation):
+            operation._spin = None
         self._operations.append(operation)
         return operation
 
     def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
         """As :meth:`Connection.write`."""
-        if notify is None and (write := self._connection._sends.prepare_write(data, remote)) is not None:
-            self._operations.append(write)
-            return write
-        return self._add(self._connection._write(data, remote, notify))
+        prepared = self._sends.prepare_write(data, remote) if notify is None else None
+        return self._add(prepared or self._connection._write(data, remote, notify))
 
-    def read(self, remote: RemoteRegion) -> Operation:
+    def read(self, remote: RemoteRegion) -> asyncio.Future[bytes]:
         """As :meth:`Connection.read`."""
-        return self._add(self._connection._read(remote))
+        prepared = self._sends.prepare_ask(READ, remote)
+        return self._add(prepared or self._connection._read(remote))
 
-    def read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
+    def read_into(self, remote: RemoteRegion, buffer: Any) -> asyncio.Future[int]:
         """As :meth:`Connection.read_into`."""
         return self._add(self._connection._read_into(remote, buffer))
 
-    def fetch_add(self, remote: RemoteRegion, value: int) -> Operation:
+    def fetch_add(self, remote: RemoteRegion, value: int) -> asyncio.Future[int]:
         """As :meth:`Connection.fetch_add`."""
-        return self._add(self._connection._fetch_add(remote, value))
+        prepared = self._sends.prepare_ask(FETCH_ADD, remote, value)
+        return self._add(prepared or self._connection._fetch_add(remote, value))
 
-    def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> Operation:
+    def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> asyncio.Future[int]:
         """As :meth:`Connection.compare_swap`."""
-        return self._add(self._connection._compare_swap(remote, expected, desired))
+        prepared = self._sends.prepare_ask(COMPARE_SWAP, remote, expected, desired)
+        return self._add(prepared or self._connection._compare_swap(remote, expected, desired))
 
     async def __aenter__(self) -> Self:
         return self
@@ -1265,11 +1268,11 @@ class Batch:
             for operation in operations:
                 operation.cancel()
             raise connection.lost_error("batch")
-        posted = connection._sends.post_prepared(operations, 0)
+        posted = self._sends.post_prepared(operations, 0)
         rest: list[Operation] = []
         try:
             rest += [self._slow(operation) for operation in operations[posted:] if not operation.done()]
-            connection._sends.submit_many(rest)
+            self._sends.submit_many(rest)
             await _all_ended(operations)
         except BaseException:
             for each in (*operations, *rest):
@@ -1277,10 +1280,18 @@ class Batch:
             raise
 
     def _slow(self, operation: Operation | OneSided) -> Operation:
-        """A write that nothing held up when it was made, and that has to wait now."""
+        """An operation that nothing held up when it was made, and that has to wait now."""
         if isinstance(operation, Operation):
             return operation
-        slow = self._connection._write(operation.data, operation.region, None)
+        connection, region = self._connection, operation.region
+        if operation.kind == "write":
+            slow = connection._write(operation.data, region, None)
+        elif operation.kind == "read":
+            slow = connection._read(region)
+        elif operation.kind == "fetch_add":
+            slow = connection._fetch_add(region, operation.compare_add)
+        else:
+            slow = connection._compare_swap(region, operation.compare_add, operation.swap)
         slow.add_done_callback(operation.follow)
         return slow
 

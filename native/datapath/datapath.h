@@ -429,6 +429,7 @@ int sender_send(Sender *sender, PyObject *data);
 OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region);
 /* A small read or an atomic operation, likewise: what has an answer. */
 OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
+bool sender_word(PyObject *value, uint64_t *word);
 /* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference; leaves the
  * exception that is set, if there is one. */
 void sender_give(Sender *sender, PyObject *buffer);

@@ -47,11 +47,18 @@ static PyObject *later(PyObject *self, PyObject *name, PyObject *const *args, Py
     return result;
 }
 
+/* Whether there is any keyword but a `notify=None` that is spelled out. */
+static bool says_more(PyObject *const *named, PyObject *names)
+{
+    return names && (PyTuple_Size(names) != 1 || named[0] != Py_None ||
+                     PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "notify"));
+}
+
 static PyObject *endpoint_write(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Sender *sender = ((Endpoint *)self)->sends;
 
-    if (count == 2 && !names && sender) {
+    if (count == 2 && sender && !says_more(args + count, names)) {
         OneSided *op = sender_write(sender, args[0], args[1]);
 
         if (op || PyErr_Occurred())
@@ -73,28 +80,12 @@ static PyObject *endpoint_read(PyObject *self, PyObject *const *args, Py_ssize_t
     return later(self, name_read_later, args, count, names);
 }
 
-/* -2**63 to 2**64 - 1, modulo 2**64. False: it is something else, of which others say what is wrong. */
-static bool to_word(PyObject *value, uint64_t *word)
-{
-    int overflow;
-    long long small;
-
-    if (!PyLong_CheckExact(value))
-        return false;
-    small = PyLong_AsLongLongAndOverflow(value, &overflow);
-    *word = overflow > 0 ? PyLong_AsUnsignedLongLong(value) : (uint64_t)small;
-    if (!PyErr_Occurred())
-        return overflow >= 0;
-    PyErr_Clear();
-    return false;
-}
-
 static PyObject *endpoint_fetch_add(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Sender *sender = ((Endpoint *)self)->sends;
     uint64_t value;
 
-    if (count == 2 && !names && sender && to_word(args[1], &value)) {
+    if (count == 2 && !names && sender && sender_word(args[1], &value)) {
         OneSided *op = sender_ask(sender, args[0], IBV_WR_ATOMIC_FETCH_AND_ADD, value, 0);
 
         if (op || PyErr_Occurred())
@@ -108,7 +99,7 @@ static PyObject *endpoint_compare_swap(PyObject *self, PyObject *const *args, Py
     Sender *sender = ((Endpoint *)self)->sends;
     uint64_t expected, desired;
 
-    if (count == 3 && !names && sender && to_word(args[1], &expected) && to_word(args[2], &desired)) {
+    if (count == 3 && !names && sender && sender_word(args[1], &expected) && sender_word(args[2], &desired)) {
         OneSided *op = sender_ask(sender, args[0], IBV_WR_ATOMIC_CMP_AND_SWP, expected, desired);
 
         if (op || PyErr_Occurred())

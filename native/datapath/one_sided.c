@@ -495,21 +495,33 @@ static PyObject *one_sided_fail(PyObject *self, PyObject *error)
     Py_RETURN_NONE;
 }
 
+/* Ends with what that future came to. */
+static int end_with_result(OneSided *op, PyObject *future)
+{
+    PyObject *value = PyObject_CallMethod(future, "result", NULL);
+
+    if (!value)
+        return -1;
+    if (is_over(op))
+        Py_DECREF(value);
+    else
+        op->value = value;
+    return end(op, OP_DONE, NULL);
+}
+
 static PyObject *one_sided_follow(PyObject *self, PyObject *future)
 {
-    PyObject *cancelled = PyObject_CallMethod(future, "cancelled", NULL), *error;
-    int rc;
+    OneSided *op = (OneSided *)self;
+    int rc = is_cancelled(future);
+    PyObject *error;
 
-    if (!cancelled)
-        return NULL;
-    Py_DECREF(cancelled);
-    if (cancelled == Py_True) {
-        rc = end((OneSided *)self, OP_CANCELLED, NULL);
-    } else {
+    if (rc > 0) {
+        rc = end(op, OP_CANCELLED, NULL);
+    } else if (!rc) {
         error = PyObject_CallMethod(future, "exception", NULL);
         if (!error)
             return NULL;
-        rc = error == Py_None ? end((OneSided *)self, OP_DONE, NULL) : end((OneSided *)self, OP_FAILED, error);
+        rc = error == Py_None ? end_with_result(op, future) : end(op, OP_FAILED, error);
         Py_DECREF(error);
     }
     if (rc)
@@ -676,7 +688,9 @@ static PyMemberDef one_sided_members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(OneSided, weakrefs), READONLY, NULL},
     {"_cancel_message", T_OBJECT, offsetof(OneSided, message), READONLY, "For asyncio.gather()."},
     {"data", T_OBJECT, offsetof(OneSided, data), READONLY, "What a batch is to write; None when that has ended."},
-    {"region", T_OBJECT, offsetof(OneSided, region), READONLY, "And where."},
+    {"region", T_OBJECT, offsetof(OneSided, region), READONLY, "Where it is to do something; likewise."},
+    {"compare_add", T_ULONGLONG, offsetof(OneSided, compare_add), READONLY, "Of an atomic operation."},
+    {"swap", T_ULONGLONG, offsetof(OneSided, swap), READONLY, "Of a compare_swap."},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -556,7 +556,24 @@ OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region)
     return write;
 }
 
-static bool may_ask(Sender *sender, const Region *region, enum ibv_wr_opcode opcode, bool at_once)
+/* -2**63 to 2**64 - 1, modulo 2**64. False: it is something else, and others say what is wrong. */
+bool sender_word(PyObject *value, uint64_t *word)
+{
+    int overflow;
+    long long small;
+
+    if (!PyLong_CheckExact(value))
+        return false;
+    small = PyLong_AsLongLongAndOverflow(value, &overflow);
+    *word = overflow > 0 ? PyLong_AsUnsignedLongLong(value) : (uint64_t)small;
+    if (!PyErr_Occurred())
+        return overflow >= 0;
+    PyErr_Clear();
+    return false;
+}
+
+/* Whether what is asked for goes this way. */
+static bool answer_fits(const Sender *sender, const Region *region, enum ibv_wr_opcode opcode)
 {
     uint64_t nbytes = region->length;
 
@@ -567,7 +584,12 @@ static bool may_ask(Sender *sender, const Region *region, enum ibv_wr_opcode opc
     } else if (!nbytes || !region_allows(region, sender, nbytes, IBV_ACCESS_REMOTE_READ)) {
         return false;
     }
-    return nbytes <= sender->staging_size && may_post(sender, at_once);
+    return nbytes <= sender->staging_size;
+}
+
+static bool may_ask(Sender *sender, const Region *region, enum ibv_wr_opcode opcode, bool at_once)
+{
+    return answer_fits(sender, region, opcode) && may_post(sender, at_once);
 }
 
 /* 1: it is on its way; 0: it does not go this way; -1 and an exception. */
@@ -579,7 +601,7 @@ static int post_ask(Sender *sender, OneSided *op, const Region *region, bool at_
     if (goes <= 0)
         return goes;
     at_once = still_begins(sender, at_once);
-    if (!may_ask(sender, region, op->opcode, at_once)) { /* any more */
+    if (op->state != OP_NEW || !may_ask(sender, region, op->opcode, at_once)) { /* any more */
         one_sided_give_back(op);
         return 0;
     }
@@ -612,7 +634,17 @@ OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode
     return op;
 }
 
-/* A write for later: True when it would go this way now. */
+/* --- those of a batch -------------------------------------------------------------------------------- */
+
+static OneSided *prepared(Sender *sender, enum ibv_wr_opcode opcode, PyObject *region)
+{
+    OneSided *op = one_sided_new(sender, opcode);
+
+    if (op)
+        op->region = (Region *)Py_NewRef(region);
+    return op;
+}
+
 static PyObject *prepare_write(PyObject *self, PyObject *args)
 {
     Sender *sender = (Sender *)self;
@@ -626,47 +658,92 @@ static PyObject *prepare_write(PyObject *self, PyObject *args)
         !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     PyBuffer_Release(&view);
-    write = one_sided_new(sender, IBV_WR_RDMA_WRITE);
-    if (!write)
-        return NULL;
-    write->data = Py_NewRef(data);
-    write->region = (Region *)Py_NewRef(region);
+    write = prepared(sender, IBV_WR_RDMA_WRITE, region);
+    if (write)
+        write->data = Py_NewRef(data);
     return (PyObject *)write;
 }
 
-/* Gathers prepared writes, from the first of a list on; how many, up to the first that needs SendQueue.submit(). */
+static PyObject *prepare_ask(PyObject *self, PyObject *args)
+{
+    Sender *sender = (Sender *)self;
+    PyObject *region, *compare_add = NULL, *swap = NULL;
+    uint64_t words[2] = {0, 0};
+    OneSided *op;
+    int opcode;
+
+    if (!PyArg_ParseTuple(args, "iO|OO", &opcode, &region, &compare_add, &swap))
+        return NULL;
+    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
+        !answer_fits(sender, (Region *)region, opcode) || (compare_add && !sender_word(compare_add, &words[0])) ||
+        (swap && !sender_word(swap, &words[1])))
+        Py_RETURN_NONE;
+    op = prepared(sender, opcode, region);
+    if (op) {
+        op->compare_add = words[0];
+        op->swap = words[1];
+    }
+    return (PyObject *)op;
+}
+
+/* 1: gathered; 0: it has to wait, or was cancelled just now; -1 and an exception. */
+static int post_write(Sender *sender, OneSided *write, PyObject *data, const Region *region)
+{
+    Py_buffer view;
+    int goes;
+
+    if (!fits(sender, data, region, &view))
+        return 0;
+    goes = write->state == OP_NEW && may_post(sender, false);
+    if (goes) {
+        struct frame frame = make_write(sender, write, region, &view, inline_room(sender, NULL, false));
+
+        if (go_out(sender, &frame, false))
+            goes = -1;
+    }
+    PyBuffer_Release(&view);
+    return goes;
+}
+
+/* Likewise. */
+static int post_one(Sender *sender, OneSided *op)
+{
+    Region *region = (Region *)Py_NewRef((PyObject *)op->region);
+    PyObject *data = op->data ? Py_NewRef(op->data) : NULL;
+    int goes = 0;
+
+    if (data)
+        goes = post_write(sender, op, data, region);
+    else if (may_ask(sender, region, op->opcode, false))
+        goes = post_ask(sender, op, region, false);
+    Py_XDECREF(data);
+    Py_DECREF((PyObject *)region);
+    return goes;
+}
+
+/* Posts from the first of a list on; how many, up to the first that needs SendQueue.submit(). */
 static PyObject *post_prepared(PyObject *self, PyObject *args)
 {
     Sender *sender = (Sender *)self;
     PyObject *list;
     Py_ssize_t at;
-    Py_buffer view;
 
     if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &at))
         return NULL;
     for (; at < PyList_Size(list) && is_usable(sender); at++) {
         PyObject *item = PyList_GetItem(list, at);
-        OneSided *write = (OneSided *)item;
-        bool fits_in;
+        int goes = 1;
 
         if (Py_TYPE(item) != one_sided_type)
             break;
-        if (write->state != OP_NEW) /* cancelled in the meantime */
-            continue;
-        if (!fits(sender, write->data, write->region, &view))
-            break;
-        fits_in = may_post(sender, false);
-        if (fits_in) {
-            unsigned char *at = inline_room(sender, NULL, false);
-            struct frame frame = make_write(sender, write, write->region, &view, at);
-
-            gather(sender, &frame);
-        }
-        PyBuffer_Release(&view);
-        if (!fits_in)
-            break;
-        if (sender->queued == FRAMES && sender_flush(sender))
+        Py_INCREF(item);
+        if (((OneSided *)item)->state == OP_NEW) /* else cancelled in the meantime */
+            goes = post_one(sender, (OneSided *)item);
+        Py_DECREF(item);
+        if (goes < 0)
             return NULL;
+        if (!goes)
+            break;
     }
     if (sender_flush(sender))
         return NULL;
@@ -891,6 +968,8 @@ static PyMethodDef sender_methods[] = {
      "turn of the loop; else False."},
     {"prepare_write", prepare_write, METH_VARARGS,
      "prepare_write(data, region): a small write for post_prepared(); None for what does not go this way."},
+    {"prepare_ask", prepare_ask, METH_VARARGS,
+     "prepare_ask(opcode, region, compare_add=0, swap=0): likewise a small read or an atomic operation."},
     {"post_prepared", post_prepared, METH_VARARGS,
      "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
      "other object; returns where that is."},

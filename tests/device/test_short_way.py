@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -302,6 +303,18 @@ async def test_a_write_is_a_future(pair: MakePair) -> None:
     assert bytes(lease)[:1] == b"a"
 
 
+async def test_a_write_that_is_told_to_notify_nobody_goes_as_fast(pair: MakePair) -> None:
+    """Who wraps a write passes on all it has."""
+    both = await pair()
+    lease, remote = await both.region(64)
+    write = both.client.write(b"a", remote, notify=None)
+    assert isinstance(write, OneSided)
+    await write
+    assert bytes(lease)[:1] == b"a"
+    with pytest.raises(TypeError, match="inform"):
+        both.client.write(b"b", remote, inform=None)  # type: ignore[call-arg]
+
+
 async def test_what_asyncio_does_with_futures(pair: MakePair) -> None:
     both = await pair()
     lease, remote = await both.region(64)
@@ -514,6 +527,76 @@ async def test_a_batch_beyond_what_goes_without_a_slot(pair: MakePair) -> None:
     assert value.result() is not None
     numbers = [int.from_bytes(bytes(lease)[8 * i : 8 * i + 8], "big") for i in range(500)]
     assert numbers == [0 if i == 3 else i for i in range(500)]
+
+
+async def test_reads_and_atomic_operations_of_a_batch(pair: MakePair) -> None:
+    """They go as its writes do: in the order they were made, each with its result when the block is over."""
+    both = await pair()
+    lease, remote = await both.region(64)
+    word = remote[8:16]
+    async with both.client.batch() as batch:
+        batch.write(b"12345678", remote)
+        asked = [
+            batch.read(remote[:8]),
+            batch.fetch_add(word, -1),
+            batch.compare_swap(word, (1 << 64) - 1, 7),
+            batch.read(word),
+            batch.compare_swap(word, 6, 8),
+        ]
+        given_up = batch.read(remote[:8])
+        given_up.cancel()
+    assert {type(each) for each in asked} == {OneSided}
+    assert [each.result() for each in asked] == [b"12345678", 0, (1 << 64) - 1, bytes(lease)[8:16], 7]
+    assert given_up.cancelled()
+    assert int.from_bytes(bytes(lease)[8:16], sys.byteorder) == 7
+    assert nothing_is_lent(both.client)
+
+
+async def test_a_batch_that_asks_for_more_than_goes_without_a_slot(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(4096)
+    memoryview(lease)[:] = bytes(i % 251 for i in range(4096))
+    counter = remote[4088:]
+    memoryview(lease)[4088:] = bytes(8)
+    async with both.client.batch() as batch:
+        reads = [batch.read(remote[i : i + 9]) for i in range(200)]
+        sums = [batch.fetch_add(counter, 1) for _ in range(200)]
+        swaps = [batch.compare_swap(counter, 200 + i, 201 + i) for i in range(10)]
+        reads[150].cancel()
+    del reads[150]
+    assert [read.result() for read in reads] == [bytes(lease)[i : i + 9] for i in range(200) if i != 150]
+    assert [each.result() for each in sums + swaps] == list(range(210))
+    assert nothing_is_lent(both.client)
+
+
+async def test_what_a_batch_cannot_ask_for(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    async with both.client.batch() as batch:
+        for wrong, what in (
+            (lambda: batch.fetch_add(remote[1:9], 1), "multiple of 8"),
+            (lambda: batch.fetch_add(remote[:8], 1 << 64), r"value=18446744073709551616"),
+            (lambda: batch.compare_swap(remote[:16], 1, 1), "needs 8 bytes"),
+            (lambda: batch.compare_swap(remote[:8], 1, -(1 << 63) - 1), "desired="),
+        ):
+            with pytest.raises(MisuseError, match=what):
+                wrong()
+        read = batch.read(remote[:0])
+    assert read.result() == b""
+
+
+async def test_a_read_of_a_batch_fails(pair: MakePair) -> None:
+    """And with it the connection, as when it is the only one: what was asked behind it says why."""
+    both = await pair()
+    _, remote = await both.region(64)
+    with pytest.raises(RemoteAccessError):
+        async with both.client.batch() as batch:
+            first = batch.read(remote[:8])
+            batch.read(forge(remote, both.client, rkey=remote.grant.rkey ^ 1))
+            last = batch.fetch_add(remote[:8], 1)
+    assert first.result() == bytes(8)
+    assert isinstance(last.exception(), ConnectionLostError)
+    assert nothing_is_lent(both.client)
 
 
 async def test_a_batch_whose_body_raises_writes_nothing(pair: MakePair) -> None:
