@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
-from ._native._datapath import Governor, OneSided, Sender
+from ._native._datapath import MESSAGES, ONE_SIDED, Governor, OneSided, Sender
 from .cq_reactor import CqReactor, now_ns
 from .errors import DeviceError, call_failed
 from .mr_pool import Lease
@@ -52,8 +52,8 @@ _ATOMICS = (FETCH_ADD, COMPARE_SWAP)
 _OUTBOUND = (SEND, WRITE, WRITE_IMM)
 _MESSAGE = int(FrameKind.MESSAGE)
 _OFFER = int(FrameKind.OFFER)
-#: Messages and writes that may be under way without a slot (native/datapath/datapath.h: MESSAGES and WRITES).
-WITHOUT_SLOT = 64 + 64
+#: Messages and small one-sided operations that may be under way without a slot.
+WITHOUT_SLOT = MESSAGES + ONE_SIDED
 #: The most bytes of a control frame.
 CONTROL_FRAME = HEADER_SIZE + DONE_SIZE
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
-from ._native._datapath import Buffer, Endpoint, Grant, OneSided
+from ._native._datapath import ONE_SIDED, Buffer, Endpoint, Grant, OneSided
 from ._native._memory import new_bytes
 from .adapter import Route
 from .buffers import bytes_view
@@ -1268,16 +1268,29 @@ class Batch:
             for operation in operations:
                 operation.cancel()
             raise connection.lost_error("batch")
-        posted = self._sends.post_prepared(operations, 0)
         rest: list[Operation] = []
         try:
-            rest += [self._slow(operation) for operation in operations[posted:] if not operation.done()]
-            self._sends.submit_many(rest)
+            posted = await self._post_prepared(operations)
+            if connection._state == "open":
+                rest += [self._slow(operation) for operation in operations[posted:] if not operation.done()]
+                self._sends.submit_many(rest)
+            else:  # since the first were posted
+                for operation in operations[posted:]:
+                    _give_up(operation, connection.lost_error("batch"))
             await _all_ended(operations)
         except BaseException:
             for each in (*operations, *rest):
                 each.cancel()
             raise
+
+    async def _post_prepared(self, operations: list[Operation | OneSided]) -> int:
+        """Posts from the first on, as many at a time as may be under way. Returns where that ends: at one that
+        was not prepared, or is held up by something else."""
+        before, posted = 0, self._sends.post_prepared(operations, 0)
+        while before < posted < len(operations) and self._sends.one_sided == ONE_SIDED:
+            await _ended(operations[max(0, posted - ONE_SIDED // 2 - 1)])  # the device has the other half
+            before, posted = posted, self._sends.post_prepared(operations, posted)
+        return posted
 
     def _slow(self, operation: Operation | OneSided) -> Operation:
         """An operation that nothing held up when it was made, and that has to wait now."""
@@ -1296,13 +1309,24 @@ class Batch:
         return slow
 
 
+def _give_up(operation: Operation | OneSided, error: BaseException) -> None:
+    """One that was never posted."""
+    if isinstance(operation, Operation):
+        operation.release()
+    operation.fail(error)
+
+
+async def _ended(operation: Operation | OneSided) -> None:
+    if isinstance(operation, OneSided):
+        operation.spin()
+    if not operation.done():
+        await asyncio.wait([operation])
+
+
 async def _all_ended(operations: list[Operation | OneSided]) -> None:
     """Waits for all, the last one first, for they end in order; raises the first error in the order given."""
     for operation in reversed(operations):
-        if isinstance(operation, OneSided):
-            operation.spin()
-        if not operation.done():
-            await asyncio.wait([operation])
+        await _ended(operation)
     for operation in operations:
         if not operation.cancelled() and (error := operation.exception()) is not None:
             raise error

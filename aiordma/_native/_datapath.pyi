@@ -7,6 +7,8 @@ T = TypeVar("T")
 
 POLL_BATCH: int
 TURN_LIMIT: int
+MESSAGES: int
+ONE_SIDED: int
 
 class Inbox(Generic[T]):
     """Items in order of arrival, and a fair line of those who wait for one."""

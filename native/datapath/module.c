@@ -131,7 +131,8 @@ static int module_exec(PyObject *module)
         if (PyModule_AddObjectRef(module, types[i].name, type))
             return -1;
     }
-    if (PyModule_AddIntMacro(module, POLL_BATCH) || PyModule_AddIntMacro(module, TURN_LIMIT))
+    if (PyModule_AddIntMacro(module, POLL_BATCH) || PyModule_AddIntMacro(module, TURN_LIMIT) ||
+        PyModule_AddIntMacro(module, MESSAGES) || PyModule_AddIntMacro(module, ONE_SIDED))
         return -1;
     ready_iterator = PyType_GenericAlloc(ready_type, 0);
     return ready_iterator ? 0 : -1;

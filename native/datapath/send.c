@@ -506,53 +506,55 @@ static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_
         PyErr_Clear();
         return false;
     }
-    if ((size_t)view->len <= sender->stride &&
+    if (((size_t)view->len <= sender->stride || (size_t)view->len <= sender->staging_size) &&
         region_allows(region, sender, (size_t)view->len, IBV_ACCESS_REMOTE_WRITE))
         return true;
     PyBuffer_Release(view);
     return false;
 }
 
-/* Puts a write together at `at`. Runs no code of others. */
-static struct frame make_write(Sender *sender, OneSided *write, const Region *region, const Py_buffer *view,
-                               unsigned char *at)
+/* Puts a write together, inline or in a staging buffer, and on its way. 1: it is; 0: it has to wait, or was cancelled
+ * just now; -1 and an exception. */
+static int post_write(Sender *sender, OneSided *write, const Region *region, const Py_buffer *view, bool at_once)
 {
-    memcpy(at, view->buf, (size_t)view->len);
+    unsigned char here[AT_ONCE];
+    struct frame frame = {0};
+    int goes = 1;
+
+    if ((size_t)view->len > sender->stride)
+        goes = borrow(sender, &frame, &write->landing);
+    if (goes <= 0)
+        return goes;
+    at_once = still_begins(sender, at_once);
+    if (write->state != OP_NEW || !may_post(sender, at_once)) { /* any more */
+        one_sided_give_back(write);
+        return 0;
+    }
+    if (!frame.staged)
+        frame.address = (uintptr_t)inline_room(sender, here, at_once);
+    memcpy((void *)(uintptr_t)frame.address, view->buf, (size_t)view->len);
+    frame.length = (uint32_t)view->len;
+    frame.remote = region->grant->address + region->offset;
+    frame.rkey = region->grant->rkey;
+    frame.op = (OneSided *)Py_NewRef((PyObject *)write);
     sender->one_sided++;
-    return (struct frame){
-        .length = (uint32_t)view->len,
-        .address = (uintptr_t)at,
-        .remote = region->grant->address + region->offset,
-        .rkey = region->grant->rkey,
-        .op = (OneSided *)Py_NewRef((PyObject *)write),
-    };
+    return go_out(sender, &frame, at_once) ? -1 : 1;
 }
 
 OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region)
 {
-    unsigned char here[AT_ONCE];
     Py_buffer view;
     OneSided *write;
     bool at_once;
-    int rc = 0;
 
     if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
         !fits(sender, data, (Region *)region, &view))
         return NULL;
     at_once = begins_turn(sender);
     write = may_post(sender, at_once) ? one_sided_new(sender, IBV_WR_RDMA_WRITE) : NULL;
-    at_once = still_begins(sender, at_once); /* making it may have collected garbage, and so run anything */
-    if (write && may_post(sender, at_once)) {
-        unsigned char *at = inline_room(sender, here, at_once);
-        struct frame frame = make_write(sender, write, (Region *)region, &view, at);
-
-        rc = go_out(sender, &frame, at_once);
-    } else if (write) {
+    if (write && post_write(sender, write, (Region *)region, &view, at_once) <= 0)
         Py_CLEAR(write);
-    }
     PyBuffer_Release(&view);
-    if (rc)
-        Py_CLEAR(write);
     return write;
 }
 
@@ -687,35 +689,21 @@ static PyObject *prepare_ask(PyObject *self, PyObject *args)
 }
 
 /* 1: gathered; 0: it has to wait, or was cancelled just now; -1 and an exception. */
-static int post_write(Sender *sender, OneSided *write, PyObject *data, const Region *region)
-{
-    Py_buffer view;
-    int goes;
-
-    if (!fits(sender, data, region, &view))
-        return 0;
-    goes = write->state == OP_NEW && may_post(sender, false);
-    if (goes) {
-        struct frame frame = make_write(sender, write, region, &view, inline_room(sender, NULL, false));
-
-        if (go_out(sender, &frame, false))
-            goes = -1;
-    }
-    PyBuffer_Release(&view);
-    return goes;
-}
-
-/* Likewise. */
 static int post_one(Sender *sender, OneSided *op)
 {
     Region *region = (Region *)Py_NewRef((PyObject *)op->region);
     PyObject *data = op->data ? Py_NewRef(op->data) : NULL;
+    Py_buffer view;
     int goes = 0;
 
-    if (data)
-        goes = post_write(sender, op, data, region);
-    else if (may_ask(sender, region, op->opcode, false))
-        goes = post_ask(sender, op, region, false);
+    if (!data) {
+        if (may_ask(sender, region, op->opcode, false))
+            goes = post_ask(sender, op, region, false);
+    } else if (fits(sender, data, region, &view)) {
+        if (may_post(sender, false))
+            goes = post_write(sender, op, region, &view, false);
+        PyBuffer_Release(&view);
+    }
     Py_XDECREF(data);
     Py_DECREF((PyObject *)region);
     return goes;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import os
 import sys
 import threading
 import weakref
@@ -14,13 +15,13 @@ from typing import Any
 import pytest
 
 import aiordma
-from aiordma import Config, Connection
+from aiordma import Config, Connection, RemoteRegion
 from aiordma._native._datapath import OneSided
 from aiordma.errors import ConnectionClosedError, ConnectionLostError, MisuseError, RemoteAccessError
 from aiordma.protocol.frames import HEADER_SIZE
 from tests.device.conftest import MakePair
 from tests.device.test_access import forge
-from tests.device.test_staging import nothing_is_lent
+from tests.device.test_staging import Hog, nothing_is_lent
 
 pytestmark = pytest.mark.device
 
@@ -536,7 +537,7 @@ async def test_reads_and_atomic_operations_of_a_batch(pair: MakePair) -> None:
     word = remote[8:16]
     async with both.client.batch() as batch:
         batch.write(b"12345678", remote)
-        asked = [
+        asked: list[asyncio.Future[Any]] = [
             batch.read(remote[:8]),
             batch.fetch_add(word, -1),
             batch.compare_swap(word, (1 << 64) - 1, 7),
@@ -569,18 +570,68 @@ async def test_a_batch_that_asks_for_more_than_goes_without_a_slot(pair: MakePai
     assert nothing_is_lent(both.client)
 
 
+async def test_writes_that_do_not_travel_inline(pair: MakePair) -> None:
+    both = await pair()
+    most = both.client._sends.stage_size
+    lease, remote = await both.region(2 * most)
+    for size in (both.client._qp.max_inline, both.client._qp.max_inline + 1, most):
+        data = os.urandom(2 * size)
+        write = both.client.write(memoryview(data)[:size], remote)
+        async with both.client.batch() as batch:
+            another = batch.write(data[size:], remote[size:])
+        assert {type(write), type(another)} == {OneSided}
+        assert bytes(lease)[: 2 * size] == data
+    assert nothing_is_lent(both.client)
+
+
+async def test_writes_for_which_there_is_no_staging_buffer(pair: MakePair) -> None:
+    """They wait for one in turn, and those behind them too."""
+    both = await pair()
+    lease, remote = await both.region(8192)
+    hog = Hog(both.client._staging)
+    large, small = both.client.write(b"a" * 4000, remote), both.client.write(b"b", remote)
+    batch = asyncio.ensure_future(write_both(both.client, remote[4000:]))
+    await asyncio.sleep(0)
+    assert [each.done() for each in (large, small, batch)] == [False] * 3
+    hog.give(len(hog.held))
+    await asyncio.gather(large, small, batch)
+    assert bytes(lease)[:8000] == b"b" + b"a" * 3999 + b"d" + b"c" * 3999
+    assert nothing_is_lent(both.client)
+
+
+async def write_both(connection: Connection, remote: RemoteRegion) -> None:
+    async with connection.batch() as batch:
+        batch.write(b"c" * 4000, remote)
+        batch.write(b"d", remote)
+
+
+async def test_a_failure_in_the_midst_of_a_long_batch(pair: MakePair) -> None:
+    """Those before it are done, and those behind it fail, whether they were posted already or not."""
+    both = await pair()
+    _, remote = await both.region(64)
+    with pytest.raises(RemoteAccessError):
+        async with both.client.batch() as batch:
+            operations = [batch.write(b"x", remote) for _ in range(100)]
+            operations.append(batch.read(forge(remote, both.client, rkey=remote.grant.rkey ^ 1)))
+            operations += [batch.read(remote[:8]) for _ in range(300)]
+            landing = batch.read_into(remote[:8], bytearray(8))
+    assert [each.exception() for each in operations[:100]] == [None] * 100
+    assert all(isinstance(each.exception(), ConnectionLostError) for each in (*operations[101:], landing))
+    assert nothing_is_lent(both.client)
+
+
 async def test_what_a_batch_cannot_ask_for(pair: MakePair) -> None:
     both = await pair()
     _, remote = await both.region(64)
     async with both.client.batch() as batch:
-        for wrong, what in (
-            (lambda: batch.fetch_add(remote[1:9], 1), "multiple of 8"),
-            (lambda: batch.fetch_add(remote[:8], 1 << 64), r"value=18446744073709551616"),
-            (lambda: batch.compare_swap(remote[:16], 1, 1), "needs 8 bytes"),
-            (lambda: batch.compare_swap(remote[:8], 1, -(1 << 63) - 1), "desired="),
-        ):
-            with pytest.raises(MisuseError, match=what):
-                wrong()
+        with pytest.raises(MisuseError, match="multiple of 8"):
+            batch.fetch_add(remote[1:9], 1)
+        with pytest.raises(MisuseError, match="value=18446744073709551616"):
+            batch.fetch_add(remote[:8], 1 << 64)
+        with pytest.raises(MisuseError, match="needs 8 bytes"):
+            batch.compare_swap(remote[:16], 1, 1)
+        with pytest.raises(MisuseError, match="desired="):
+            batch.compare_swap(remote[:8], 1, -(1 << 63) - 1)
         read = batch.read(remote[:0])
     assert read.result() == b""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import aiordma
 from aiordma import Config
+from aiordma._native._datapath import ONE_SIDED
 from aiordma.adapter import open_route
 from aiordma.cli import usroce as command
 from aiordma.errors import DeviceError, MisuseError
@@ -217,6 +220,29 @@ async def test_damage_is_seen_and_mended() -> None:
         assert counted.faults_corrupted > 0
         assert counted.bad_icrc > 0
         assert counted.retransmitted > 0
+
+
+async def test_a_long_batch_is_cancelled() -> None:
+    """What is under way happens all the same; the rest of it does not."""
+    async with connected_pair() as pair:
+        context = pair.client.route.adapter.context
+        lease, remote = await pair.region(8)
+        operations: list[asyncio.Future[Any]] = []
+
+        async def add() -> None:
+            async with pair.client.batch() as batch:
+                operations.extend(batch.fetch_add(remote, 1) for _ in range(300))
+
+        usroce.set_fault(context, Fault(drop=1.0))
+        adding = asyncio.ensure_future(add())
+        while not pair.client.statistics().requests_posted:
+            await asyncio.sleep(0)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+        assert all(each.cancelled() for each in operations)
+        usroce.set_fault(context, None)
+        assert await pair.client.fetch_add(remote, 0) == ONE_SIDED
 
 
 async def test_a_capture_shows_who_said_what(tmp_path: Path) -> None:
