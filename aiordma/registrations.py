@@ -18,6 +18,8 @@ from ._native import ffi
 from .errors import MemoryLimitError, MisuseError
 from .verbs import Access, MemoryRegion, ProtectionDomain
 
+#: For operations of our own. (Comparing is much cheaper than the flags' operators, and happens for every buffer.)
+_OWN = (Access.NONE, Access.LOCAL_WRITE)
 #: Address, length in bytes, access.
 _Key = tuple[int, int, Access]
 
@@ -176,7 +178,8 @@ class RegistrationCache:
             return entry
         self.misses += 1
         entry = CacheEntry(self, key, self._register(address, nbytes, access))
-        owner = None if access & Access.REMOTE_READ else _immovable_owner(buffer)
+        lets_peers_in = access not in _OWN and access & Access.REMOTE_READ
+        owner = None if lets_peers_in else _immovable_owner(buffer)
         if owner is not None:
             dead = self._dead
             entry.watch = weakref.ref(owner, lambda _ref, entry=entry: dead.append(entry))  # type: ignore[misc]
@@ -186,7 +189,7 @@ class RegistrationCache:
     def _covering(self, address: int, nbytes: int, access: Access) -> CacheEntry | None:
         """A registration that will do: what is writable can be read as well; windows need one of exactly the
         bytes they are bound over (regions.py says why)."""
-        if access & ~Access.LOCAL_WRITE:
+        if access not in _OWN:
             return self._entries.get((address, nbytes, access))
         for entry in self.explicit:
             start, length, _ = entry.key

@@ -70,7 +70,8 @@ class MemoryRegion(Owner):
         rc = lib.glue_reg_mr(pd.context.provider.table, pd._handle, address, length, int(access), handle)
         if rc in (errno.ENOMEM, errno.EAGAIN):
             raise _pinning_error(length, rc)
-        check(rc, "ibv_reg_mr", f"{length} bytes, access {access!r}")
+        if rc:
+            check(rc, "ibv_reg_mr", f"{length} bytes, access {access!r}")
         self._handle = handle[0]
         self.lkey: int = self._handle.lkey
         self.rkey: int = self._handle.rkey

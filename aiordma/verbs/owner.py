@@ -30,7 +30,7 @@ class Owner:
     def __init__(self, *parents: Owner) -> None:
         self._closed = True  # until the subclass has its handle: nothing to give back before that
         self._parents = parents
-        self._children: weakref.WeakSet[Owner] = weakref.WeakSet()
+        self._children: weakref.WeakSet[Owner] | None = None  # most have none, and live for one operation
         self._serial = next(_serial)
         self._pid = os.getpid()
         for parent in parents:
@@ -40,6 +40,8 @@ class Owner:
         """The handle is there: from now on close() destroys it."""
         self._closed = False
         for parent in self._parents:
+            if parent._children is None:
+                parent._children = weakref.WeakSet()
             parent._children.add(self)
 
     def _destroy(self) -> None:
@@ -73,7 +75,7 @@ class Owner:
             self._closed = True  # the parent process still uses what the handle stands for
             return
         first: Exception | None = None
-        for child in sorted(self._children, key=lambda c: c._serial, reverse=True):
+        for child in sorted(self._children or (), key=lambda c: c._serial, reverse=True):
             try:
                 child.close()
             except DeviceError as error:
@@ -84,7 +86,8 @@ class Owner:
             first = first or error
         self._closed = True
         for parent in self._parents:
-            parent._children.discard(self)
+            if parent._children is not None:
+                parent._children.discard(self)
         if first is not None:
             raise first
 
