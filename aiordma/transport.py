@@ -683,12 +683,18 @@ class Connection(Endpoint):
             operation.pinned = self._adapter.pool.pin_new_bytes(operation.landing)
         return operation
 
-    def read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
-        """Reads all of ``remote`` into the start of a writable contiguous buffer, without a copy.
+    if TYPE_CHECKING:
 
-        Awaiting returns the number of bytes. The buffer belongs to the device until then, also after the wait
-        was cancelled. Errors as :meth:`write`, and :class:`MisuseError` for a buffer that is too small.
-        """
+        def read_into(self, remote: RemoteRegion, buffer: Any) -> asyncio.Future[int]:
+            """Reads all of ``remote`` into the start of a writable contiguous buffer; more than
+            ``Config.eager_size`` bytes without a copy.
+
+            Awaiting returns the number of bytes. The buffer belongs to the device until then, also after the wait
+            was cancelled. Errors as :meth:`write`, and :class:`MisuseError` for a buffer that is too small.
+            """
+
+    def _read_into_later(self, remote: RemoteRegion, buffer: Any) -> Operation:
+        """:meth:`read_into` of what could not leave at once."""
         return self._sends.submit(self._read_into(remote, buffer))
 
     def _read_into(self, remote: RemoteRegion, buffer: Any) -> Operation:
@@ -1240,7 +1246,8 @@ class Batch:
 
     def read_into(self, remote: RemoteRegion, buffer: Any) -> asyncio.Future[int]:
         """As :meth:`Connection.read_into`."""
-        return self._add(self._connection._read_into(remote, buffer))
+        prepared = self._sends.prepare_read_into(remote, buffer)
+        return self._add(prepared or self._connection._read_into(remote, buffer))
 
     def fetch_add(self, remote: RemoteRegion, value: int) -> asyncio.Future[int]:
         """As :meth:`Connection.fetch_add`."""
@@ -1301,6 +1308,8 @@ class Batch:
             slow = connection._write(operation.data, region, None)
         elif operation.kind == "read":
             slow = connection._read(region)
+        elif operation.kind == "read_into":
+            slow = connection._read_into(region, operation.data)
         elif operation.kind == "fetch_add":
             slow = connection._fetch_add(region, operation.compare_add)
         else:

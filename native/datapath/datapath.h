@@ -340,8 +340,8 @@ typedef struct OneSided {
     uint64_t address;           /* of it */
     uint64_t compare_add, swap; /* of an atomic operation */
     PyObject *value;            /* of what is done, if bytes came back */
-    PyObject *data;      /* until it is posted */
-    Region *region;      /* likewise */
+    PyObject *data;      /* that is written, until it is posted; a view of what is read into, until it has come */
+    Region *region;      /* of a batch, until it is posted */
     PyObject *future;    /* made when somebody has to wait */
     PyObject *callbacks; /* list of (callback, context), or NULL */
     PyObject *error;
@@ -351,7 +351,7 @@ typedef struct OneSided {
     uint64_t wr_id;
     long long started_ns;
     enum one_sided_state state;
-    char in_table;
+    char in_table, into; /* into: a read has `data` */
 } OneSided;
 
 #define MESSAGES 64 /* in flight */
@@ -429,6 +429,7 @@ int sender_send(Sender *sender, PyObject *data);
 OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region);
 /* A small read or an atomic operation, likewise: what has an answer. */
 OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
+OneSided *sender_read_into(Sender *sender, PyObject *region, PyObject *buffer);
 bool sender_word(PyObject *value, uint64_t *word);
 /* A staging buffer is not needed any more; that may call others who wait for one. Takes the reference; leaves the
  * exception that is set, if there is one. */
@@ -469,7 +470,7 @@ int assign_ledger(Ledger **field, PyObject *value); /* -1 and TypeError */
 int call_none(PyObject *object, PyObject *name); /* object.name(), its result dropped; -1 and an exception */
 extern PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned,
     *name_wake, *name_sleep, *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
-    *name_call_soon, *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
+    *name_call_soon, *name_send_later, *name_write_later, *name_read_later, *name_read_into_later, *name_fetch_add_later,
     *name_compare_swap_later;
 
 extern PyType_Spec inbox_spec, table_spec, ring_spec, buffer_spec, receiver_spec, group_spec, sender_spec,

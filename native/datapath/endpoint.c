@@ -80,6 +80,19 @@ static PyObject *endpoint_read(PyObject *self, PyObject *const *args, Py_ssize_t
     return later(self, name_read_later, args, count, names);
 }
 
+static PyObject *endpoint_read_into(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Sender *sender = ((Endpoint *)self)->sends;
+
+    if (count == 2 && !names && sender) {
+        OneSided *op = sender_read_into(sender, args[0], args[1]);
+
+        if (op || PyErr_Occurred())
+            return (PyObject *)op;
+    }
+    return later(self, name_read_into_later, args, count, names);
+}
+
 static PyObject *endpoint_fetch_add(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Sender *sender = ((Endpoint *)self)->sends;
@@ -210,6 +223,10 @@ static PyMethodDef endpoint_methods[] = {
     {"read", (PyCFunction)(void (*)(void))endpoint_read, METH_FASTCALL | METH_KEYWORDS,
      "read($self, remote)\n--\n\n"
      "Reads all of `remote` (RDMA READ). Awaiting returns the bytes."},
+    {"read_into", (PyCFunction)(void (*)(void))endpoint_read_into, METH_FASTCALL | METH_KEYWORDS,
+     "read_into($self, remote, buffer)\n--\n\n"
+     "Reads all of `remote` into the start of a writable buffer object. Awaiting returns the number of bytes. The buffer\n"
+     "belongs to the device until then."},
     {"fetch_add", (PyCFunction)(void (*)(void))endpoint_fetch_add, METH_FASTCALL | METH_KEYWORDS,
      "fetch_add($self, remote, value)\n--\n\n"
      "Adds `value` to 8 remote bytes, atomically. Awaiting returns the old value."},

@@ -9,7 +9,7 @@ PyObject *protocol_error, *misuse_error, *device_error, *cancelled_error, *inval
 PyObject *ready_iterator;
 PyObject *name_done, *name_set_result, *name_pump, *name_send_control, *name_used, *name_poll_turn, *name_turned,
     *name_wake, *name_sleep, *name_idle, *name_take, *name_give, *name_address, *name_lkey, *name_run, *name_self,
-    *name_call_soon, *name_send_later, *name_write_later, *name_read_later, *name_fetch_add_later,
+    *name_call_soon, *name_send_later, *name_write_later, *name_read_later, *name_read_into_later, *name_fetch_add_later,
     *name_compare_swap_later;
 
 int call_none(PyObject *object, PyObject *name)
@@ -73,6 +73,7 @@ static const struct {
     {"_send_later", &name_send_later},
     {"_write_later", &name_write_later},
     {"_read_later", &name_read_later},
+    {"_read_into_later", &name_read_into_later},
     {"_fetch_add_later", &name_fetch_add_later},
     {"_compare_swap_later", &name_compare_swap_later},
 };

@@ -117,12 +117,25 @@ static int notice_cancellation(OneSided *op)
     return cancelled > 0 ? end(op, OP_CANCELLED, NULL) : cancelled;
 }
 
+static PyObject *copied_into(const OneSided *op, const char *at)
+{
+    Py_buffer view;
+
+    if (PyObject_GetBuffer(op->data, &view, PyBUF_WRITABLE))
+        return NULL;
+    memcpy(view.buf, at, op->nbytes);
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLong(op->nbytes);
+}
+
 /* What came back. NULL and an exception. */
 static PyObject *landed(const OneSided *op)
 {
     const char *at = (const char *)(uintptr_t)op->address;
     uint64_t word;
 
+    if (op->into)
+        return copied_into(op, at);
     if (op->opcode == IBV_WR_RDMA_READ)
         return PyBytes_FromStringAndSize(at, op->nbytes);
     memcpy(&word, at, sizeof(word)); /* the device has put it there in the order of this machine */
@@ -290,7 +303,7 @@ static const char *kind(const OneSided *op)
 {
     switch (op->opcode) {
     case IBV_WR_RDMA_READ:
-        return "read";
+        return op->into ? "read_into" : "read";
     case IBV_WR_ATOMIC_FETCH_AND_ADD:
         return "fetch_add";
     case IBV_WR_ATOMIC_CMP_AND_SWP:
@@ -687,8 +700,9 @@ static PyGetSetDef one_sided_getset[] = {
 static PyMemberDef one_sided_members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(OneSided, weakrefs), READONLY, NULL},
     {"_cancel_message", T_OBJECT, offsetof(OneSided, message), READONLY, "For asyncio.gather()."},
-    {"data", T_OBJECT, offsetof(OneSided, data), READONLY, "What a batch is to write; None when that has ended."},
-    {"region", T_OBJECT, offsetof(OneSided, region), READONLY, "Where it is to do something; likewise."},
+    {"data", T_OBJECT, offsetof(OneSided, data), READONLY,
+     "What a batch is to write, or what is read into; None when that has ended."},
+    {"region", T_OBJECT, offsetof(OneSided, region), READONLY, "Where a batch is to do something; likewise."},
     {"compare_add", T_ULONGLONG, offsetof(OneSided, compare_add), READONLY, "Of an atomic operation."},
     {"swap", T_ULONGLONG, offsetof(OneSided, swap), READONLY, "Of a compare_swap."},
     {NULL, 0, 0, 0, NULL},

@@ -636,6 +636,58 @@ OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode
     return op;
 }
 
+/* A view of a buffer with room for so much. NULL: it is no such buffer. */
+static PyObject *view_into(PyObject *buffer, uint64_t nbytes)
+{
+    PyObject *memory = PyMemoryView_FromObject(buffer);
+    Py_buffer view;
+    bool room = memory && !PyObject_GetBuffer(memory, &view, PyBUF_WRITABLE);
+
+    if (room) {
+        room = (uint64_t)view.len >= nbytes;
+        PyBuffer_Release(&view);
+    }
+    if (room)
+        return memory;
+    PyErr_Clear();
+    Py_XDECREF(memory);
+    return NULL;
+}
+
+/* Not posted. NULL: it does not go this way, or there is an exception. */
+static OneSided *make_read_into(Sender *sender, PyObject *region, PyObject *buffer)
+{
+    PyObject *view;
+    OneSided *op;
+
+    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
+        !answer_fits(sender, (Region *)region, IBV_WR_RDMA_READ))
+        return NULL;
+    view = view_into(buffer, ((Region *)region)->length);
+    op = view ? one_sided_new(sender, IBV_WR_RDMA_READ) : NULL;
+    if (op) {
+        op->data = view;
+        op->into = 1;
+    } else {
+        Py_XDECREF(view);
+    }
+    return op;
+}
+
+OneSided *sender_read_into(Sender *sender, PyObject *region, PyObject *buffer)
+{
+    OneSided *op = make_read_into(sender, region, buffer);
+    bool at_once;
+
+    if (!op)
+        return NULL;
+    at_once = begins_turn(sender);
+    if (!may_ask(sender, (Region *)region, op->opcode, at_once) ||
+        post_ask(sender, op, (Region *)region, at_once) <= 0)
+        Py_CLEAR(op);
+    return op;
+}
+
 /* --- those of a batch -------------------------------------------------------------------------------- */
 
 static OneSided *prepared(Sender *sender, enum ibv_wr_opcode opcode, PyObject *region)
@@ -688,6 +740,21 @@ static PyObject *prepare_ask(PyObject *self, PyObject *args)
     return (PyObject *)op;
 }
 
+static PyObject *prepare_read_into(PyObject *self, PyObject *args)
+{
+    PyObject *region, *buffer;
+    OneSided *op;
+
+    if (!PyArg_ParseTuple(args, "OO", &region, &buffer))
+        return NULL;
+    op = make_read_into((Sender *)self, region, buffer);
+    if (op)
+        op->region = (Region *)Py_NewRef(region);
+    else if (!PyErr_Occurred())
+        Py_RETURN_NONE;
+    return (PyObject *)op;
+}
+
 /* 1: gathered; 0: it has to wait, or was cancelled just now; -1 and an exception. */
 static int post_one(Sender *sender, OneSided *op)
 {
@@ -696,7 +763,7 @@ static int post_one(Sender *sender, OneSided *op)
     Py_buffer view;
     int goes = 0;
 
-    if (!data) {
+    if (op->opcode != IBV_WR_RDMA_WRITE) {
         if (may_ask(sender, region, op->opcode, false))
             goes = post_ask(sender, op, region, false);
     } else if (fits(sender, data, region, &view)) {
@@ -958,6 +1025,8 @@ static PyMethodDef sender_methods[] = {
      "prepare_write(data, region): a small write for post_prepared(); None for what does not go this way."},
     {"prepare_ask", prepare_ask, METH_VARARGS,
      "prepare_ask(opcode, region, compare_add=0, swap=0): likewise a small read or an atomic operation."},
+    {"prepare_read_into", prepare_read_into, METH_VARARGS,
+     "prepare_read_into(region, buffer): likewise a small read into a buffer."},
     {"post_prepared", post_prepared, METH_VARARGS,
      "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
      "other object; returns where that is."},

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import aiordma
@@ -582,6 +583,64 @@ async def test_writes_that_do_not_travel_inline(pair: MakePair) -> None:
         assert {type(write), type(another)} == {OneSided}
         assert bytes(lease)[: 2 * size] == data
     assert nothing_is_lent(both.client)
+
+
+async def test_reading_into_a_buffer(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(4096)
+    data = os.urandom(4096)
+    memoryview(lease)[:] = data
+    buffer, array = bytearray(4098), np.zeros(512, np.int64)
+    read = both.client.read_into(remote, buffer)
+    assert isinstance(read, OneSided)
+    with pytest.raises(BufferError):
+        buffer.append(1)  # until it has come
+    assert await read == 4096
+    buffer.append(1)
+    assert buffer == data + b"\0\0\1"
+    async with both.client.batch() as batch:
+        whole = batch.read_into(remote, array)
+        parts = [batch.read_into(remote[i : i + 2], memoryview(buffer)[i + 2 :]) for i in range(0, 4096, 16)]
+    assert {type(each) for each in (whole, *parts)} == {OneSided}
+    assert (whole.result(), {part.result() for part in parts}) == (4096, {2})
+    assert array.tobytes() == data
+    assert all(buffer[i + 2 : i + 4] == data[i : i + 2] for i in range(0, 4096, 16))
+    assert nothing_is_lent(both.client)
+
+
+async def test_a_buffer_is_free_when_the_wait_is_given_up(pair: MakePair) -> None:
+    both = await pair()
+    lease, remote = await both.region(64)
+    memoryview(lease)[:] = b"x" * 64
+    buffer = bytearray(64)
+    await both.client.write(b"y", remote)
+    reads = [both.client.read_into(remote, buffer) for _ in range(3)]
+    assert reads[1].cancel()
+    del reads[1]
+    await asyncio.gather(*reads)
+    buffer.append(1)
+    assert buffer == b"y" + b"x" * 63 + b"\1"
+    assert nothing_is_lent(both.client)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "what"),
+    [
+        (bytearray(63), "64 bytes do not fit a buffer of 63"),
+        (bytes(64), "writable"),
+        (memoryview(bytearray(128))[::2], "contiguous"),
+        (None, "NoneType"),
+    ],
+)
+async def test_buffers_that_nothing_can_be_read_into(pair: MakePair, buffer: Any, what: str) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    with pytest.raises(MisuseError, match=what):
+        both.client.read_into(remote, buffer)
+    async with both.client.batch() as batch:
+        with pytest.raises(MisuseError, match=what):
+            batch.read_into(remote, buffer)
+    assert both.client.statistics().requests_posted == 0
 
 
 async def test_writes_for_which_there_is_no_staging_buffer(pair: MakePair) -> None:
