@@ -1236,7 +1236,7 @@ class Batch:
 
     def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
         """As :meth:`Connection.write`."""
-        prepared = self._sends.prepare_write(data, remote) if notify is None else None
+        prepared = self._sends.prepare_write(data, remote, notify)
         return self._add(prepared or self._connection._write(data, remote, notify))
 
     def read(self, remote: RemoteRegion) -> asyncio.Future[bytes]:
@@ -1305,7 +1305,7 @@ class Batch:
             return operation
         connection, region = self._connection, operation.region
         if operation.kind == "write":
-            slow = connection._write(operation.data, region, None)
+            slow = connection._write(operation.data, region, operation.notify)
         elif operation.kind == "read":
             slow = connection._read(region)
         elif operation.kind == "read_into":

@@ -339,6 +339,7 @@ typedef struct OneSided {
     PyObject *landing;          /* the staging buffer they come to, while that is lent */
     uint64_t address;           /* of it */
     uint64_t compare_add, swap; /* of an atomic operation */
+    uint32_t notify;            /* of a write that notifies */
     PyObject *value;            /* of what is done, if bytes came back */
     PyObject *data;      /* that is written, until it is posted; a view of what is read into, until it has come */
     Region *region;      /* of a batch, until it is posted */
@@ -426,7 +427,7 @@ static inline void sender_fetch(const Sender *sender, const void *ledger, const 
 /* 1: the message is on its way; 0: it needs SendQueue.submit(), which also says what is wrong; -1 and an exception. */
 int sender_send(Sender *sender, PyObject *data);
 /* A small write that nothing holds up, under way. NULL: it has to wait, or there is an exception. */
-OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region);
+OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region, PyObject *notify);
 /* A small read or an atomic operation, likewise: what has an answer. */
 OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap);
 OneSided *sender_read_into(Sender *sender, PyObject *region, PyObject *buffer);

@@ -47,19 +47,23 @@ static PyObject *later(PyObject *self, PyObject *name, PyObject *const *args, Py
     return result;
 }
 
-/* Whether there is any keyword but a `notify=None` that is spelled out. */
-static bool says_more(PyObject *const *named, PyObject *names)
+/* The value of the only keyword, or None if there is none. NULL: there are others, or other ones. */
+static PyObject *only_notify(PyObject *const *named, PyObject *names)
 {
-    return names && (PyTuple_Size(names) != 1 || named[0] != Py_None ||
-                     PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "notify"));
+    if (!names)
+        return Py_None;
+    if (PyTuple_Size(names) != 1 || PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "notify"))
+        return NULL;
+    return named[0];
 }
 
 static PyObject *endpoint_write(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     Sender *sender = ((Endpoint *)self)->sends;
+    PyObject *notify = only_notify(args + count, names);
 
-    if (count == 2 && sender && !says_more(args + count, names)) {
-        OneSided *op = sender_write(sender, args[0], args[1]);
+    if (count == 2 && sender && notify) {
+        OneSided *op = sender_write(sender, args[0], args[1], notify);
 
         if (op || PyErr_Occurred())
             return (PyObject *)op;

@@ -691,7 +691,18 @@ static PyObject *get_kind(PyObject *self, void *unused)
     return PyUnicode_FromString(kind((OneSided *)self));
 }
 
+static PyObject *get_notify(PyObject *self, void *unused)
+{
+    const OneSided *op = (OneSided *)self;
+
+    (void)unused;
+    if (op->opcode != IBV_WR_RDMA_WRITE_WITH_IMM)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLong(op->notify);
+}
+
 static PyGetSetDef one_sided_getset[] = {
+    {"notify", get_notify, NULL, "What a write notifies the peer of, or None.", NULL},
     {"kind", get_kind, NULL, "The method it is of, such as \"write\".", NULL},
     {"_asyncio_future_blocking", get_blocking, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},

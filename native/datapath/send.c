@@ -178,6 +178,7 @@ static int make_request(Sender *sender, struct frame *frame, struct ibv_send_wr 
     if (!frame->op)
         return message_posting(sender, frame, wr);
     wr->opcode = frame->op->opcode;
+    wr->imm_data = htonl(frame->op->notify);
     if (is_atomic(wr->opcode)) {
         wr->wr.atomic.remote_addr = frame->remote;
         wr->wr.atomic.rkey = frame->rkey;
@@ -359,12 +360,17 @@ static int go_out(Sender *sender, struct frame *frame, bool at_once)
 /* What is gathered fills at most the rest of a group, and FRAMES / GROUP more. */
 #define CLOSED (GROUPS - FRAMES / GROUP - 1)
 
-static bool may_send(Sender *sender)
+/* For what takes a receive of the peer's, and goes behind all who wait for one. */
+static bool has_credit(Sender *sender)
 {
     const Ledger *ledger = sender->ledger;
 
-    return sender->open && ledger && ledger->data_limit - ledger->data_sent > sender->reserved &&
-           sender->in_flight < MESSAGES && sender->closed <= CLOSED && !has_waiters(sender);
+    return ledger && ledger->data_limit - ledger->data_sent > sender->reserved && !has_waiters(sender);
+}
+
+static bool may_send(Sender *sender)
+{
+    return sender->open && sender->in_flight < MESSAGES && sender->closed <= CLOSED && has_credit(sender);
 }
 
 /* Where a staging buffer is. -1 and an exception. */
@@ -519,6 +525,7 @@ static int post_write(Sender *sender, OneSided *write, const Region *region, con
 {
     unsigned char here[AT_ONCE];
     struct frame frame = {0};
+    bool notifies = write->opcode == IBV_WR_RDMA_WRITE_WITH_IMM;
     int goes = 1;
 
     if ((size_t)view->len > sender->stride)
@@ -526,10 +533,12 @@ static int post_write(Sender *sender, OneSided *write, const Region *region, con
     if (goes <= 0)
         return goes;
     at_once = still_begins(sender, at_once);
-    if (write->state != OP_NEW || !may_post(sender, at_once)) { /* any more */
+    if (write->state != OP_NEW || !may_post(sender, at_once) || (notifies && !has_credit(sender))) { /* any more */
         one_sided_give_back(write);
         return 0;
     }
+    if (notifies && ledger_send_data(sender->ledger))
+        return -1;
     if (!frame.staged)
         frame.address = (uintptr_t)inline_room(sender, here, at_once);
     memcpy((void *)(uintptr_t)frame.address, view->buf, (size_t)view->len);
@@ -541,7 +550,23 @@ static int post_write(Sender *sender, OneSided *write, const Region *region, con
     return go_out(sender, &frame, at_once) ? -1 : 1;
 }
 
-OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region)
+/* A write, with `notify` as it was given. NULL and no exception: others say what is wrong. */
+static OneSided *new_write(Sender *sender, PyObject *notify)
+{
+    uint64_t value = 0;
+    OneSided *write;
+
+    if (notify == Py_None)
+        return one_sided_new(sender, IBV_WR_RDMA_WRITE);
+    if (!sender_word(notify, &value) || value > UINT32_MAX)
+        return NULL;
+    write = one_sided_new(sender, IBV_WR_RDMA_WRITE_WITH_IMM);
+    if (write)
+        write->notify = (uint32_t)value;
+    return write;
+}
+
+OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region, PyObject *notify)
 {
     Py_buffer view;
     OneSided *write;
@@ -551,7 +576,7 @@ OneSided *sender_write(Sender *sender, PyObject *data, PyObject *region)
         !fits(sender, data, (Region *)region, &view))
         return NULL;
     at_once = begins_turn(sender);
-    write = may_post(sender, at_once) ? one_sided_new(sender, IBV_WR_RDMA_WRITE) : NULL;
+    write = may_post(sender, at_once) ? new_write(sender, notify) : NULL;
     if (write && post_write(sender, write, (Region *)region, &view, at_once) <= 0)
         Py_CLEAR(write);
     PyBuffer_Release(&view);
@@ -690,32 +715,33 @@ OneSided *sender_read_into(Sender *sender, PyObject *region, PyObject *buffer)
 
 /* --- those of a batch -------------------------------------------------------------------------------- */
 
-static OneSided *prepared(Sender *sender, enum ibv_wr_opcode opcode, PyObject *region)
+/* To be posted there. None for what does not go this way; NULL and an exception. */
+static PyObject *prepared(OneSided *op, PyObject *region)
 {
-    OneSided *op = one_sided_new(sender, opcode);
-
     if (op)
         op->region = (Region *)Py_NewRef(region);
-    return op;
+    else if (!PyErr_Occurred())
+        Py_RETURN_NONE;
+    return (PyObject *)op;
 }
 
 static PyObject *prepare_write(PyObject *self, PyObject *args)
 {
     Sender *sender = (Sender *)self;
-    PyObject *data, *region;
+    PyObject *data, *region, *notify;
     Py_buffer view;
     OneSided *write;
 
-    if (!PyArg_ParseTuple(args, "OO", &data, &region))
+    if (!PyArg_ParseTuple(args, "OOO", &data, &region, &notify))
         return NULL;
     if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
         !fits(sender, data, (Region *)region, &view))
         Py_RETURN_NONE;
     PyBuffer_Release(&view);
-    write = prepared(sender, IBV_WR_RDMA_WRITE, region);
+    write = new_write(sender, notify);
     if (write)
         write->data = Py_NewRef(data);
-    return (PyObject *)write;
+    return prepared(write, region);
 }
 
 static PyObject *prepare_ask(PyObject *self, PyObject *args)
@@ -732,27 +758,21 @@ static PyObject *prepare_ask(PyObject *self, PyObject *args)
         !answer_fits(sender, (Region *)region, opcode) || (compare_add && !sender_word(compare_add, &words[0])) ||
         (swap && !sender_word(swap, &words[1])))
         Py_RETURN_NONE;
-    op = prepared(sender, opcode, region);
+    op = one_sided_new(sender, opcode);
     if (op) {
         op->compare_add = words[0];
         op->swap = words[1];
     }
-    return (PyObject *)op;
+    return prepared(op, region);
 }
 
 static PyObject *prepare_read_into(PyObject *self, PyObject *args)
 {
     PyObject *region, *buffer;
-    OneSided *op;
 
     if (!PyArg_ParseTuple(args, "OO", &region, &buffer))
         return NULL;
-    op = make_read_into((Sender *)self, region, buffer);
-    if (op)
-        op->region = (Region *)Py_NewRef(region);
-    else if (!PyErr_Occurred())
-        Py_RETURN_NONE;
-    return (PyObject *)op;
+    return prepared(make_read_into((Sender *)self, region, buffer), region);
 }
 
 /* 1: gathered; 0: it has to wait, or was cancelled just now; -1 and an exception. */
@@ -763,7 +783,7 @@ static int post_one(Sender *sender, OneSided *op)
     Py_buffer view;
     int goes = 0;
 
-    if (op->opcode != IBV_WR_RDMA_WRITE) {
+    if (op->opcode != IBV_WR_RDMA_WRITE && op->opcode != IBV_WR_RDMA_WRITE_WITH_IMM) {
         if (may_ask(sender, region, op->opcode, false))
             goes = post_ask(sender, op, region, false);
     } else if (fits(sender, data, region, &view)) {
@@ -1022,7 +1042,7 @@ static PyMethodDef sender_methods[] = {
      "send_first(data): sends a message, if it is to be copied, nothing holds it up, and nothing has gone out in this\n"
      "turn of the loop; else False."},
     {"prepare_write", prepare_write, METH_VARARGS,
-     "prepare_write(data, region): a small write for post_prepared(); None for what does not go this way."},
+     "prepare_write(data, region, notify): a small write for post_prepared(); None for what does not go this way."},
     {"prepare_ask", prepare_ask, METH_VARARGS,
      "prepare_ask(opcode, region, compare_add=0, swap=0): likewise a small read or an atomic operation."},
     {"prepare_read_into", prepare_read_into, METH_VARARGS,

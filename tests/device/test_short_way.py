@@ -571,6 +571,47 @@ async def test_a_batch_that_asks_for_more_than_goes_without_a_slot(pair: MakePai
     assert nothing_is_lent(both.client)
 
 
+async def test_a_write_that_notifies(pair: MakePair) -> None:
+    both = await pair()
+    most = both.client._sends.stage_size
+    lease, remote = await both.region(most)
+    data = os.urandom(most)
+    writes = [both.client.write(data, remote, notify=7), both.client.write(b"", remote, notify=(1 << 32) - 1)]
+    async with both.client.batch() as batch:
+        writes.append(batch.write(b"a", remote, notify=0))
+        writes.append(batch.write(b"b", remote[1:]))
+    assert {type(write) for write in writes} == {OneSided}
+    assert [await both.server.notified() for _ in range(3)] == [7, (1 << 32) - 1, 0]
+    assert bytes(lease) == b"ab" + data[2:]
+    assert nothing_is_lent(both.client)
+
+
+async def test_notifications_wait_for_credits_in_turn_with_messages(pair: MakePair) -> None:
+    """None passes another, whichever way it goes, nor is one lost when its wait is cancelled."""
+    both = await pair(Config(shared_receives=0, receive_credits=4))
+    _, remote = await both.region(64)
+    issued: list[asyncio.Future[Any]] = []
+    for i in range(40):
+        issued.append(both.client.write(b"x", remote, notify=i))
+        issued.append(both.client.send(b"%d" % i))
+    issued[-2].cancel()
+    async with both.client.batch() as batch:
+        last = [batch.write(b"x", remote, notify=100 + i) for i in range(40)]
+        taking = asyncio.gather(messages_of(both.server, 40), notifications_of(both.server, 79))
+    messages, notifications = await taking
+    assert messages == [b"%d" % i for i in range(40)]
+    assert notifications == [*range(39), *range(100, 140)]
+    assert all(each.done() for each in last)
+
+
+async def messages_of(connection: Connection, count: int) -> list[bytes]:
+    return [await connection.recv() for _ in range(count)]
+
+
+async def notifications_of(connection: Connection, count: int) -> list[int]:
+    return [await connection.notified() for _ in range(count)]
+
+
 async def test_writes_that_do_not_travel_inline(pair: MakePair) -> None:
     both = await pair()
     most = both.client._sends.stage_size
