@@ -357,6 +357,8 @@ static int go_out(Sender *sender, struct frame *frame, bool at_once)
     return sender->queued < FRAMES ? join_dirty(sender) : sender_flush(sender);
 }
 
+/* --- messages ---------------------------------------------------------------------------------------- */
+
 /* What is gathered fills at most the rest of a group, and FRAMES / GROUP more. */
 #define CLOSED (GROUPS - FRAMES / GROUP - 1)
 
@@ -498,6 +500,8 @@ static PyObject *send_first(PyObject *self, PyObject *data)
     return goes < 0 ? NULL : PyBool_FromLong(goes);
 }
 
+/* --- one-sided operations ---------------------------------------------------------------------------- */
+
 /* Nothing passes an operation that was issued before; messages that wait for a credit are passed. */
 static bool may_post(Sender *sender, bool at_once)
 {
@@ -533,12 +537,13 @@ static int post_write(Sender *sender, OneSided *write, const Region *region, con
     if (goes <= 0)
         return goes;
     at_once = still_begins(sender, at_once);
-    if (write->state != OP_NEW || !may_post(sender, at_once) || (notifies && !has_credit(sender))) { /* any more */
+    goes = write->state == OP_NEW && may_post(sender, at_once) && (!notifies || has_credit(sender));
+    if (goes && notifies && ledger_send_data(sender->ledger))
+        goes = -1;
+    if (goes <= 0) {
         one_sided_give_back(write);
-        return 0;
+        return goes;
     }
-    if (notifies && ledger_send_data(sender->ledger))
-        return -1;
     if (!frame.staged)
         frame.address = (uintptr_t)inline_room(sender, here, at_once);
     memcpy((void *)(uintptr_t)frame.address, view->buf, (size_t)view->len);
@@ -713,7 +718,7 @@ OneSided *sender_read_into(Sender *sender, PyObject *region, PyObject *buffer)
     return op;
 }
 
-/* --- those of a batch -------------------------------------------------------------------------------- */
+/* --- operations of a batch --------------------------------------------------------------------------- */
 
 /* To be posted there. None for what does not go this way; NULL and an exception. */
 static PyObject *prepared(OneSided *op, PyObject *region)
@@ -824,6 +829,8 @@ static PyObject *post_prepared(PyObject *self, PyObject *args)
         return NULL;
     return PyLong_FromSsize_t(at);
 }
+
+/* --- the type ---------------------------------------------------------------------------------------- */
 
 static PyObject *flush(PyObject *self, PyObject *unused)
 {
