@@ -1228,36 +1228,46 @@ class Batch:
         self._sends = connection._sends
         self._operations: list[Operation | OneSided] = []
 
-    def _add(self, operation: Operation | OneSided) -> asyncio.Future[Any]:
-        if isinstance(operation, Operation):
-            operation._spin = None
+    def _add(self, operation: Operation) -> Operation:
+        """One that takes the long way."""
+        operation._spin = None
         self._operations.append(operation)
         return operation
 
     def write(self, data: Any, remote: RemoteRegion, *, notify: int | None = None) -> asyncio.Future[Any]:
         """As :meth:`Connection.write`."""
-        prepared = self._sends.prepare_write(data, remote, notify)
-        return self._add(prepared or self._connection._write(data, remote, notify))
+        if (operation := self._sends.prepare_write(data, remote, notify)) is None:
+            return self._add(self._connection._write(data, remote, notify))
+        self._operations.append(operation)
+        return operation
 
     def read(self, remote: RemoteRegion) -> asyncio.Future[bytes]:
         """As :meth:`Connection.read`."""
-        prepared = self._sends.prepare_ask(READ, remote)
-        return self._add(prepared or self._connection._read(remote))
+        if (operation := self._sends.prepare_ask(READ, remote)) is None:
+            return self._add(self._connection._read(remote))
+        self._operations.append(operation)
+        return operation
 
     def read_into(self, remote: RemoteRegion, buffer: Any) -> asyncio.Future[int]:
         """As :meth:`Connection.read_into`."""
-        prepared = self._sends.prepare_read_into(remote, buffer)
-        return self._add(prepared or self._connection._read_into(remote, buffer))
+        if (operation := self._sends.prepare_read_into(remote, buffer)) is None:
+            return self._add(self._connection._read_into(remote, buffer))
+        self._operations.append(operation)
+        return operation
 
     def fetch_add(self, remote: RemoteRegion, value: int) -> asyncio.Future[int]:
         """As :meth:`Connection.fetch_add`."""
-        prepared = self._sends.prepare_ask(FETCH_ADD, remote, value)
-        return self._add(prepared or self._connection._fetch_add(remote, value))
+        if (operation := self._sends.prepare_ask(FETCH_ADD, remote, value)) is None:
+            return self._add(self._connection._fetch_add(remote, value))
+        self._operations.append(operation)
+        return operation
 
     def compare_swap(self, remote: RemoteRegion, expected: int, desired: int) -> asyncio.Future[int]:
         """As :meth:`Connection.compare_swap`."""
-        prepared = self._sends.prepare_ask(COMPARE_SWAP, remote, expected, desired)
-        return self._add(prepared or self._connection._compare_swap(remote, expected, desired))
+        if (operation := self._sends.prepare_ask(COMPARE_SWAP, remote, expected, desired)) is None:
+            return self._add(self._connection._compare_swap(remote, expected, desired))
+        self._operations.append(operation)
+        return operation
 
     async def __aenter__(self) -> Self:
         return self
@@ -1295,7 +1305,9 @@ class Batch:
         was not prepared, or is held up by something else."""
         before, posted = 0, self._sends.post_prepared(operations, 0)
         while before < posted < len(operations) and self._sends.one_sided == ONE_SIDED:
-            await _ended(operations[max(0, posted - ONE_SIDED // 2 - 1)])  # the device has the other half
+            half = operations[max(0, posted - ONE_SIDED // 2 - 1)]  # the device has the other half meanwhile
+            if not _ends(half):
+                await asyncio.wait([half])
             before, posted = posted, self._sends.post_prepared(operations, posted)
         return posted
 
@@ -1325,17 +1337,18 @@ def _give_up(operation: Operation | OneSided, error: BaseException) -> None:
     operation.fail(error)
 
 
-async def _ended(operation: Operation | OneSided) -> None:
+def _ends(operation: Operation | OneSided) -> bool:
+    """Whether it is over when it was polled for, as an await does first."""
     if isinstance(operation, OneSided):
         operation.spin()
-    if not operation.done():
-        await asyncio.wait([operation])
+    return operation.done()
 
 
 async def _all_ended(operations: list[Operation | OneSided]) -> None:
     """Waits for all, the last one first, for they end in order; raises the first error in the order given."""
     for operation in reversed(operations):
-        await _ended(operation)
+        if not operation.done() and not _ends(operation):
+            await asyncio.wait([operation])
     for operation in operations:
         if not operation.cancelled() and (error := operation.exception()) is not None:
             raise error

@@ -730,23 +730,22 @@ static PyObject *prepared(OneSided *op, PyObject *region)
     return (PyObject *)op;
 }
 
-static PyObject *prepare_write(PyObject *self, PyObject *args)
+static PyObject *prepare_write(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Sender *sender = (Sender *)self;
-    PyObject *data, *region, *notify;
     Py_buffer view;
     OneSided *write;
 
-    if (!PyArg_ParseTuple(args, "OOO", &data, &region, &notify))
-        return NULL;
-    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
-        !fits(sender, data, (Region *)region, &view))
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "prepare_write() takes data, region and notify");
+    if (!is_usable(sender) || !PyObject_TypeCheck(args[1], region_type) ||
+        !fits(sender, args[0], (Region *)args[1], &view))
         Py_RETURN_NONE;
     PyBuffer_Release(&view);
-    write = new_write(sender, notify);
+    write = new_write(sender, args[2]);
     if (write)
-        write->data = Py_NewRef(data);
-    return prepared(write, region);
+        write->data = Py_NewRef(args[0]);
+    return prepared(write, args[1]);
 }
 
 static PyObject *prepare_ask(PyObject *self, PyObject *args)
@@ -1048,7 +1047,7 @@ static PyMethodDef sender_methods[] = {
     {"send_first", send_first, METH_O,
      "send_first(data): sends a message, if it is to be copied, nothing holds it up, and nothing has gone out in this\n"
      "turn of the loop; else False."},
-    {"prepare_write", prepare_write, METH_VARARGS,
+    {"prepare_write", (PyCFunction)(void (*)(void))prepare_write, METH_FASTCALL,
      "prepare_write(data, region, notify): a small write for post_prepared(); None for what does not go this way."},
     {"prepare_ask", prepare_ask, METH_VARARGS,
      "prepare_ask(opcode, region, compare_add=0, swap=0): likewise a small read or an atomic operation."},
