@@ -635,10 +635,10 @@ class Connection(Endpoint):
 
             Awaiting returns None when the data is in the peer's memory. ``notify`` (0 to 2**32 - 1) also wakes the
             peer's :meth:`notified` with that value, after the data is in place; it needs a credit, as a message
-            does. ``data`` must not change until then; large data is read in place by the device. Raises
-            :class:`MisuseError` (or :class:`RemoteBoundsError`) before anything is sent, when ``remote`` is too
-            small, not writable, revoked, or of another connection; :class:`RemoteAccessError` when the peer's
-            device refuses, which ends the connection.
+            does, and while it waits for one, operations issued later pass it. ``data`` must not change until then;
+            large data is read in place by the device. Raises :class:`MisuseError` (or :class:`RemoteBoundsError`)
+            before anything is sent, when ``remote`` is too small, not writable, revoked, or of another connection;
+            :class:`RemoteAccessError` when the peer's device refuses, which ends the connection.
             """
 
     def _write_later(
