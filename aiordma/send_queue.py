@@ -4,7 +4,7 @@ An operation is a future. It waits for up to two things, each in a fair queue of
 and notifications only: the peer has a receive posted), then a slot of our own send queue. The two are never
 confused, because completions of different queues are not ordered: the peer's credit for a message can arrive
 before our own completion for it. Writes and reads need no credit, so they may pass messages that wait for one;
-nothing passes a write that was issued before it.
+nothing passes a write that was issued before it, unless that is of a long batch (transport.Batch).
 
 A message that is copied and that nothing holds up takes a way of its own (native/datapath/send.c): no slot, no
 completion of its own. It is the device's as soon as it was copied, and so are messages on the way described here

@@ -686,8 +686,8 @@ class Connection(Endpoint):
     if TYPE_CHECKING:
 
         def read_into(self, remote: RemoteRegion, buffer: Any) -> asyncio.Future[int]:
-            """Reads all of ``remote`` into the start of a writable contiguous buffer; more than
-            ``Config.eager_size`` bytes without a copy.
+            """Reads all of ``remote`` into the start of a writable contiguous buffer; what is larger than
+            ``Config.eager_size`` without a copy.
 
             Awaiting returns the number of bytes. The buffer belongs to the device until then, also after the wait
             was cancelled. Errors as :meth:`write`, and :class:`MisuseError` for a buffer that is too small.
@@ -1215,6 +1215,7 @@ class Allocation:
 
 class Batch:
     """Operations that are posted together when the ``async with`` block ends, which then waits for all of them.
+    Those of a long batch are posted as there is room, 64 at first; operations of other tasks may come in between.
 
     Each method returns its operation, as the connection's does; its result is there after the block. When the
     body raises, nothing is posted. The first operation that fails raises from the end of the block, after all
@@ -1289,12 +1290,14 @@ class Batch:
         try:
             posted = await self._post_prepared(operations)
             if connection._state == "open":
-                rest += [self._slow(operation) for operation in operations[posted:] if not operation.done()]
+                for operation in operations[posted:]:
+                    if not operation.done():
+                        rest.append(self._slow(operation))
                 self._sends.submit_many(rest)
             else:  # since the first were posted
                 for operation in operations[posted:]:
                     _give_up(operation, connection.lost_error("batch"))
-            await _all_ended(operations)
+            await _all_ended(operations, posted)
         except BaseException:
             for each in (*operations, *rest):
                 each.cancel()
@@ -1305,9 +1308,14 @@ class Batch:
         was not prepared, or is held up by something else."""
         before, posted = 0, self._sends.post_prepared(operations, 0)
         while before < posted < len(operations) and self._sends.one_sided == ONE_SIDED:
-            half = operations[max(0, posted - ONE_SIDED // 2 - 1)]  # the device has the other half meanwhile
-            if not _ends(half):
-                await asyncio.wait([half])
+            if not isinstance(operations[posted], OneSided):
+                break
+            # For half of them; the device has the other half meanwhile.
+            for half in operations[max(0, posted - ONE_SIDED // 2 - 1) : posted]:
+                if not half.done():
+                    if not _found(half):
+                        await asyncio.wait([half])
+                    break
             before, posted = posted, self._sends.post_prepared(operations, posted)
         return posted
 
@@ -1327,6 +1335,7 @@ class Batch:
         else:
             slow = connection._compare_swap(region, operation.compare_add, operation.swap)
         slow.add_done_callback(operation.follow)
+        operation.add_done_callback(lambda _: slow.cancel())
         return slow
 
 
@@ -1337,17 +1346,21 @@ def _give_up(operation: Operation | OneSided, error: BaseException) -> None:
     operation.fail(error)
 
 
-def _ends(operation: Operation | OneSided) -> bool:
+def _found(operation: Operation | OneSided) -> bool:
     """Whether it is over when it was polled for, as an await does first."""
     if isinstance(operation, OneSided):
         operation.spin()
     return operation.done()
 
 
-async def _all_ended(operations: list[Operation | OneSided]) -> None:
-    """Waits for all, the last one first, for they end in order; raises the first error in the order given."""
-    for operation in reversed(operations):
-        if not operation.done() and not _ends(operation):
+async def _all_ended(operations: list[Operation | OneSided], posted: int) -> None:
+    """Waits for all, the last one first, for they end in order; raises the first error in the order given. Those
+    from ``posted`` on take the long way, and are not to be found by polling."""
+    for operation in reversed(operations[posted:]):
+        if not operation.done():
+            await asyncio.wait([operation])
+    for operation in reversed(operations[:posted]):
+        if not operation.done() and not _found(operation):
             await asyncio.wait([operation])
     for operation in operations:
         if not operation.cancelled() and (error := operation.exception()) is not None:

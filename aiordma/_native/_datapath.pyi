@@ -193,7 +193,7 @@ class Ring:
     def close(self) -> None: ...
 
 class Sender:
-    """Messages that are copied, and small writes, on their way out."""
+    """Messages that are copied, and small one-sided operations, on their way out."""
 
     ledger: Any
     open: bool

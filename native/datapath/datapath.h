@@ -336,13 +336,13 @@ typedef struct OneSided {
     Sender *sender;
     enum ibv_wr_opcode opcode;
     uint32_t nbytes;            /* that come back; 0: of a write */
-    PyObject *landing;          /* the staging buffer they come to, while that is lent */
+    PyObject *landing;          /* the staging buffer they come to, or a write leaves from, while that is lent */
     uint64_t address;           /* of it */
     uint64_t compare_add, swap; /* of an atomic operation */
     uint32_t notify;            /* of a write that notifies */
     PyObject *value;            /* of what is done, if bytes came back */
-    PyObject *data;      /* that is written, until it is posted; a view of what is read into, until it has come */
-    Region *region;      /* of a batch, until it is posted */
+    PyObject *data;      /* that a batch is to write, or a view of what is read into; until the end */
+    Region *region;      /* of a batch; likewise */
     PyObject *future;    /* made when somebody has to wait */
     PyObject *callbacks; /* list of (callback, context), or NULL */
     PyObject *error;

@@ -315,16 +315,20 @@ static const char *kind(const OneSided *op)
 
 int one_sided_fail_all(Sender *sender, PyObject *make_error)
 {
-    for (OneSided *op = sender->first, *next; op; op = next) {
+    OneSided *posted[ONE_SIDED];
+    unsigned int count = 0;
+
+    for (OneSided *op = sender->first; op; op = op->next) /* the list may change when they are told */
+        posted[count++] = (OneSided *)Py_NewRef((PyObject *)op);
+    for (unsigned int i = 0; i < count; i++) {
+        OneSided *op = posted[i];
         PyObject *error = is_over(op) ? NULL : PyObject_CallFunction(make_error, "s", kind(op));
 
-        Py_INCREF((PyObject *)op);
         if (error)
             one_sided_refused(op, error);
         else if (!is_over(op))
             table_unraisable(sender->table);
         Py_XDECREF(error);
-        next = op->next;
         Py_DECREF((PyObject *)op);
     }
     return 0;

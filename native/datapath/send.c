@@ -502,7 +502,8 @@ static PyObject *send_first(PyObject *self, PyObject *data)
 
 /* --- one-sided operations ---------------------------------------------------------------------------- */
 
-/* Nothing passes an operation that was issued before; messages that wait for a credit are passed. */
+/* Nothing passes an operation that was issued before, but what waits for a credit is passed, and so is what a batch
+ * has not posted yet. */
 static bool may_post(Sender *sender, bool at_once)
 {
     return sender->open && sender->one_sided < ONE_SIDED &&
@@ -537,7 +538,8 @@ static int post_write(Sender *sender, OneSided *write, const Region *region, con
     if (goes <= 0)
         return goes;
     at_once = still_begins(sender, at_once);
-    goes = write->state == OP_NEW && may_post(sender, at_once) && (!notifies || has_credit(sender));
+    goes = write->state == OP_NEW && may_post(sender, at_once) && (!notifies || has_credit(sender)) &&
+           (!frame.staged || region_allows(region, sender, (size_t)view->len, IBV_ACCESS_REMOTE_WRITE));
     if (goes && notifies && ledger_send_data(sender->ledger))
         goes = -1;
     if (goes <= 0) {
@@ -646,24 +648,37 @@ static int post_ask(Sender *sender, OneSided *op, const Region *region, bool at_
     return go_out(sender, &frame, at_once) ? -1 : 1;
 }
 
-OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap)
+/* Posts what was made, and else lets go of it. NULL: it has to wait, or there is an exception. */
+static OneSided *asked(Sender *sender, OneSided *op, const Region *region)
 {
-    OneSided *op;
-    bool at_once;
+    bool at_once = begins_turn(sender);
 
-    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type))
-        return NULL;
-    at_once = begins_turn(sender);
-    if (!may_ask(sender, (Region *)region, opcode, at_once))
-        return NULL;
-    op = one_sided_new(sender, opcode);
-    if (!op)
-        return NULL;
-    op->compare_add = compare_add;
-    op->swap = swap;
-    if (post_ask(sender, op, (Region *)region, at_once) <= 0)
+    if (!may_ask(sender, region, op->opcode, at_once) || post_ask(sender, op, region, at_once) <= 0)
         Py_CLEAR(op);
     return op;
+}
+
+static OneSided *make_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add,
+                          uint64_t swap)
+{
+    OneSided *op;
+
+    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
+        !answer_fits(sender, (Region *)region, opcode))
+        return NULL;
+    op = one_sided_new(sender, opcode);
+    if (op) {
+        op->compare_add = compare_add;
+        op->swap = swap;
+    }
+    return op;
+}
+
+OneSided *sender_ask(Sender *sender, PyObject *region, enum ibv_wr_opcode opcode, uint64_t compare_add, uint64_t swap)
+{
+    OneSided *op = make_ask(sender, region, opcode, compare_add, swap);
+
+    return op ? asked(sender, op, (Region *)region) : NULL;
 }
 
 /* A view of a buffer with room for so much. NULL: it is no such buffer. */
@@ -687,35 +702,20 @@ static PyObject *view_into(PyObject *buffer, uint64_t nbytes)
 /* Not posted. NULL: it does not go this way, or there is an exception. */
 static OneSided *make_read_into(Sender *sender, PyObject *region, PyObject *buffer)
 {
-    PyObject *view;
-    OneSided *op;
+    OneSided *op = make_ask(sender, region, IBV_WR_RDMA_READ, 0, 0);
 
-    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
-        !answer_fits(sender, (Region *)region, IBV_WR_RDMA_READ))
-        return NULL;
-    view = view_into(buffer, ((Region *)region)->length);
-    op = view ? one_sided_new(sender, IBV_WR_RDMA_READ) : NULL;
-    if (op) {
-        op->data = view;
+    if (op && !(op->data = view_into(buffer, ((Region *)region)->length)))
+        Py_CLEAR(op);
+    if (op)
         op->into = 1;
-    } else {
-        Py_XDECREF(view);
-    }
     return op;
 }
 
 OneSided *sender_read_into(Sender *sender, PyObject *region, PyObject *buffer)
 {
     OneSided *op = make_read_into(sender, region, buffer);
-    bool at_once;
 
-    if (!op)
-        return NULL;
-    at_once = begins_turn(sender);
-    if (!may_ask(sender, (Region *)region, op->opcode, at_once) ||
-        post_ask(sender, op, (Region *)region, at_once) <= 0)
-        Py_CLEAR(op);
-    return op;
+    return op ? asked(sender, op, (Region *)region) : NULL;
 }
 
 /* --- operations of a batch --------------------------------------------------------------------------- */
@@ -750,24 +750,15 @@ static PyObject *prepare_write(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *prepare_ask(PyObject *self, PyObject *args)
 {
-    Sender *sender = (Sender *)self;
     PyObject *region, *compare_add = NULL, *swap = NULL;
     uint64_t words[2] = {0, 0};
-    OneSided *op;
     int opcode;
 
     if (!PyArg_ParseTuple(args, "iO|OO", &opcode, &region, &compare_add, &swap))
         return NULL;
-    if (!is_usable(sender) || !PyObject_TypeCheck(region, region_type) ||
-        !answer_fits(sender, (Region *)region, opcode) || (compare_add && !sender_word(compare_add, &words[0])) ||
-        (swap && !sender_word(swap, &words[1])))
+    if ((compare_add && !sender_word(compare_add, &words[0])) || (swap && !sender_word(swap, &words[1])))
         Py_RETURN_NONE;
-    op = one_sided_new(sender, opcode);
-    if (op) {
-        op->compare_add = words[0];
-        op->swap = words[1];
-    }
-    return prepared(op, region);
+    return prepared(make_ask((Sender *)self, region, opcode, words[0], words[1]), region);
 }
 
 static PyObject *prepare_read_into(PyObject *self, PyObject *args)
@@ -1054,7 +1045,7 @@ static PyMethodDef sender_methods[] = {
     {"prepare_read_into", prepare_read_into, METH_VARARGS,
      "prepare_read_into(region, buffer): likewise a small read into a buffer."},
     {"post_prepared", post_prepared, METH_VARARGS,
-     "post_prepared(list, first): posts prepared writes together, up to the first that has to wait, or the first\n"
+     "post_prepared(list, first): posts prepared operations together, up to the first that has to wait, or the first\n"
      "other object; returns where that is."},
     {"fail_one_sided", fail_one_sided, METH_O, "fail_one_sided(make_error): ends the wait for those that are posted."},
     {"flush", flush, METH_NOARGS, "Posts the messages of this turn that were not posted yet."},

@@ -705,6 +705,37 @@ async def write_both(connection: Connection, remote: RemoteRegion) -> None:
         batch.write(b"d", remote)
 
 
+async def test_a_region_is_revoked_while_a_batch_waits(pair: MakePair) -> None:
+    """Nothing of the batch is done then, nor kept."""
+    both = await pair()
+    _, remote = await both.region(4096)
+    _, other = await both.region(64)
+    hog = Hog(both.client._staging)
+    with pytest.raises(MisuseError, match="revoked"):
+        async with both.client.batch() as batch:
+            first = batch.read_into(remote, bytearray(4096))
+            batch.read(other)
+            await both.server.unshare(other.name)
+            while not other.grant.revoked:
+                await asyncio.sleep(0)
+    hog.give(len(hog.held))
+    assert first.cancelled()
+    assert both.client.statistics().pool.pinned == 0
+    assert nothing_is_lent(both.client)
+
+
+async def test_what_is_given_up_while_a_batch_waits_is_not_sent(pair: MakePair) -> None:
+    both = await pair()
+    _, remote = await both.region(64)
+    hog = Hog(both.client._staging)
+    async with both.client.batch() as batch:
+        added, read = batch.fetch_add(remote[:8], 1), batch.read(remote[:8])
+        asyncio.get_running_loop().call_soon(added.cancel)
+        asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, hog.give, len(hog.held))
+    assert added.cancelled()
+    assert read.result() == bytes(8)
+
+
 async def test_a_failure_in_the_midst_of_a_long_batch(pair: MakePair) -> None:
     """Those before it are done, and those behind it fail, whether they were posted already or not."""
     both = await pair()
