@@ -524,6 +524,18 @@ static bool fits(const Sender *sender, PyObject *data, const Region *region, Py_
     return false;
 }
 
+/* Between so many bytes at the frame's address and the region. 1; -1 and an exception. */
+static int post_frame(Sender *sender, OneSided *op, const Region *region, struct frame *frame, uint32_t length,
+                      bool at_once)
+{
+    frame->length = length;
+    frame->remote = region->grant->address + region->offset;
+    frame->rkey = region->grant->rkey;
+    frame->op = (OneSided *)Py_NewRef((PyObject *)op);
+    sender->one_sided++;
+    return go_out(sender, frame, at_once) ? -1 : 1;
+}
+
 /* Puts a write together, inline or in a staging buffer, and on its way. 1: it is; 0: it has to wait, or was cancelled
  * just now; -1 and an exception. */
 static int post_write(Sender *sender, OneSided *write, const Region *region, const Py_buffer *view, bool at_once)
@@ -549,12 +561,7 @@ static int post_write(Sender *sender, OneSided *write, const Region *region, con
     if (!frame.staged)
         frame.address = (uintptr_t)inline_room(sender, here, at_once);
     memcpy((void *)(uintptr_t)frame.address, view->buf, (size_t)view->len);
-    frame.length = (uint32_t)view->len;
-    frame.remote = region->grant->address + region->offset;
-    frame.rkey = region->grant->rkey;
-    frame.op = (OneSided *)Py_NewRef((PyObject *)write);
-    sender->one_sided++;
-    return go_out(sender, &frame, at_once) ? -1 : 1;
+    return post_frame(sender, write, region, &frame, (uint32_t)view->len, at_once);
 }
 
 /* A write, with `notify` as it was given. NULL and no exception: others say what is wrong. */
@@ -640,12 +647,8 @@ static int post_ask(Sender *sender, OneSided *op, const Region *region, bool at_
         return 0;
     }
     op->address = frame.address;
-    op->nbytes = frame.length = (uint32_t)region->length;
-    frame.remote = region->grant->address + region->offset;
-    frame.rkey = region->grant->rkey;
-    frame.op = (OneSided *)Py_NewRef((PyObject *)op);
-    sender->one_sided++;
-    return go_out(sender, &frame, at_once) ? -1 : 1;
+    op->nbytes = (uint32_t)region->length;
+    return post_frame(sender, op, region, &frame, op->nbytes, at_once);
 }
 
 /* Posts what was made, and else lets go of it. NULL: it has to wait, or there is an exception. */
@@ -653,7 +656,7 @@ static OneSided *asked(Sender *sender, OneSided *op, const Region *region)
 {
     bool at_once = begins_turn(sender);
 
-    if (!may_ask(sender, region, op->opcode, at_once) || post_ask(sender, op, region, at_once) <= 0)
+    if (!may_post(sender, at_once) || post_ask(sender, op, region, at_once) <= 0)
         Py_CLEAR(op);
     return op;
 }
